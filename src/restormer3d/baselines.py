@@ -1,0 +1,328 @@
+"""The filters a network has to beat: temporal mean, spatio-temporal Gaussian, block-wise truncated SVD.
+
+Each is a generator of finished frames in order. They need no training, only numpy, and seconds to minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from restormer3d.noise import usual_variance
+from restormer3d.normalization import temporal_mean
+from restormer3d.tiling import hann_weights, window_starts
+
+Progress = Callable[[str, int, int], None]
+
+SIGMAS_T = (0.5, 1.0, 2.0, 3.0, 4.5, 7.0, 10.0, 14.0, 20.0, 30.0)
+SIGMAS_XY = (0.0, 0.5, 0.8, 1.0, 1.4, 2.0, 3.0)
+
+_FRAMES_AT_ONCE = 16
+_SVD_BYTES = 3 * 2**29  # most bytes of one temporal block of `svd_frames` in float32: 1.5 GiB
+_SVD_FRAMES = 1500  # most frames of a temporal block
+
+
+def temporal_mean_frames(stack: Any) -> Iterator[np.ndarray]:
+    """Yield the mean over time once for every frame, (H, W) float32: no noise left, and no activity."""
+    image = temporal_mean(stack)
+    for _ in range(stack.shape[0]):
+        yield image.copy()
+
+
+def gaussian_frames(
+    stack: Any, sigma_t: float, sigma_xy: float, truncate: float = 4.0, *, around_mean: bool = False
+) -> Iterator[np.ndarray]:
+    """Filter a stack with a spatio-temporal Gaussian and yield its frames in order.
+
+    Borders are reflected with the edge repeated (d c b a | a b c d | d c b a), along time too, and the kernel ends
+    at ``truncate`` widths: the result is that of `scipy.ndimage.gaussian_filter`. Memory holds the
+    2 * truncate * sigma_t frames that a frame depends on, whatever the length of the stack.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Noisy intensities.
+    sigma_t, sigma_xy : float
+        Standard deviations in frames and pixels; 0 leaves an axis alone.
+    truncate : float
+        Half-length of the kernels in standard deviations.
+    around_mean : bool
+        Filter only what differs from the temporal mean, whose detail is almost free of noise and stays sharp.
+
+    Yields
+    ------
+    numpy.ndarray
+        Filtered frame, (H, W) float32.
+
+    Raises
+    ------
+    ValueError
+        If a width is negative.
+    """
+    length, height, width = stack.shape
+    kernel = _kernel(sigma_t, truncate)
+    kernel_xy = _kernel(sigma_xy, truncate)
+    reach = len(kernel) // 2
+    detail = np.float32(0)
+    if around_mean:
+        mean = temporal_mean(stack)
+        detail = mean - _blurred(mean, kernel_xy)
+    held, first, last = np.empty((0, height, width), dtype=np.float32), 0, 0  # blurred frames first to last
+    for start in range(0, length, _FRAMES_AT_ONCE):
+        stop = min(length, start + _FRAMES_AT_ONCE)
+        low, high = max(0, start - reach), min(length, stop + reach)
+        fresh = [_blurred(stack[t], kernel_xy)[None] for t in range(last, high)]
+        held = np.concatenate([held[low - first :], *fresh])
+        first, last = low, high
+        weights = _reflected(kernel, np.arange(start, stop), length)[:, low:high]
+        yield from np.tensordot(weights, held, axes=1) + detail
+
+
+def choose_gaussian(
+    stack: Any,
+    sigmas_t: tuple[float, ...] = SIGMAS_T,
+    sigmas_xy: tuple[float, ...] = SIGMAS_XY,
+    *,
+    around_mean: bool = False,
+    max_frames: int = 400,
+    side: int = 64,
+) -> tuple[float, float]:
+    """Choose the widths of `gaussian_frames` that predict frames best from their neighbors alone.
+
+    Every frame of a sample is predicted by the same filter with the frame's own weight removed and the rest scaled
+    up to one. The noise of a frame is independent of the others, so the mean squared error is the noise plus the
+    filter's own error, and the smallest belongs to the best filter.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Noisy intensities, T at least 2.
+    sigmas_t, sigmas_xy : tuple of float
+        Widths to try, in frames (above 0) and pixels.
+    around_mean : bool
+        As in `gaussian_frames`.
+    max_frames, side : int
+        Size of the up to four pieces that are looked at, in the middle of the stack along time.
+
+    Returns
+    -------
+    tuple of float
+        (sigma_t, sigma_xy).
+
+    Raises
+    ------
+    ValueError
+        If the stack has a single frame.
+    """
+    length = stack.shape[0]
+    if length < 2:
+        raise ValueError("the widths are chosen by predicting frames from others: the stack has 1 frame, need 2")
+    count = min(length, max_frames)
+    times = np.unique(np.linspace(0, count - 1, min(count, 80)).round().astype(int))
+    predictors = [_others_only(_reflected(_kernel(sigma), times, count), times) for sigma in sigmas_t]
+    errors = np.zeros((len(sigmas_t), len(sigmas_xy)))
+    for piece in _pieces(stack, count, side):
+        for j, sigma_xy in enumerate(sigmas_xy):
+            blurred = _blurred(piece, _kernel(sigma_xy))
+            target = piece[times]
+            if around_mean:  # the mean, too, of the other frames alone
+                sharp = piece - blurred
+                target = target - (sharp.sum(axis=0) - sharp[times]) / (count - 1)
+            for i, predictor in enumerate(predictors):
+                errors[i, j] += np.square(np.tensordot(predictor, blurred, axes=1) - target).sum(dtype=np.float64)
+    best_t, best_xy = np.unravel_index(errors.argmin(), errors.shape)
+    return float(sigmas_t[best_t]), float(sigmas_xy[best_xy])
+
+
+def svd_frames(
+    stack: Any,
+    block: int = 16,
+    sigma_t: float = 2.0,
+    sigma_xy: float = 0.5,
+    *,
+    progress: Progress | None = None,
+) -> Iterator[np.ndarray]:
+    """Denoise by singular value decomposition of overlapping blocks and yield the frames in order.
+
+    What differs from the temporal mean is divided by the noise of each pixel, cut into blocks of ``block`` x
+    ``block`` pixels with half overlap, and of every block only the components above the largest that noise alone
+    would give are kept. The bound is that of random matrices (Marchenko and Pastur), raised by what differences of
+    frames show beyond it, since neighboring pixels may share noise. The kept components are smoothed; where they are not
+    (both widths 0) their singular values are shrunk instead. The temporal mean is never blurred.
+
+    Stacks of more than 1500 frames, or of more than 1.5 GiB as float32, are done in temporal blocks that overlap by
+    an eighth and are faded into each other; memory is about one such block and the frames it was read from.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Noisy intensities.
+    block : int
+        Height and width of a block, pixels.
+    sigma_t, sigma_xy : float
+        Small Gaussian on the kept components, frames and pixels.
+    progress : function, optional
+        Called with ("svd", blocks done, blocks in all).
+
+    Yields
+    ------
+    numpy.ndarray
+        Denoised frame, (H, W) float32.
+
+    References
+    ----------
+    M. Gavish and D. L. Donoho, "Optimal shrinkage of singular values", IEEE Trans. Inf. Theory 63 (2017).
+    """
+    length, height, width = stack.shape
+    count = int(np.clip(_SVD_BYTES // (4 * height * width), 64, _SVD_FRAMES))
+    count = min(count, length)
+    starts = window_starts(length, count, 1 / 8)
+    tail = np.empty(
+        (0, height, width), dtype=np.float32
+    )  # what the last temporal block says about the next one's start
+    for number, start in enumerate(starts):
+
+        def report(done: int, total: int, number: int = number) -> None:
+            if progress is not None:
+                progress("svd", number * total + done, len(starts) * total)
+
+        denoised = _svd_block(stack[start : start + count], block, (sigma_t, sigma_xy), report)
+        fade = ((np.arange(len(tail)) + 0.5) / max(1, len(tail)))[:, None, None].astype(np.float32)
+        denoised[: len(tail)] = fade * denoised[: len(tail)] + (1 - fade) * tail
+        stop = starts[number + 1] - start if number + 1 < len(starts) else count
+        tail = denoised[stop:].copy()
+        yield from (frame.copy() for frame in denoised[:stop])
+
+
+def _svd_block(
+    noisy: np.ndarray, side: int, sigmas: tuple[float, float], report: Callable[[int, int], None]
+) -> np.ndarray:
+    """Denoise (T, H, W) that fits into memory; T of at least 2 for any effect."""
+    length, height, width = noisy.shape
+    mean = temporal_mean(noisy)
+    denoised = np.zeros(noisy.shape, dtype=np.float32)
+    if length < 2:
+        return denoised + mean
+    deviation = np.sqrt(usual_variance(mean, _difference_variance(noisy), length - 1)).astype(np.float32)
+    rows, columns = min(side, height), min(side, width)
+    corners = [(y, x) for y in window_starts(height, rows, 0.5) for x in window_starts(width, columns, 0.5)]
+    crops = [np.s_[y : y + rows, x : x + columns] for y, x in corners]
+    excess = _noise_excess(noisy, deviation, crops)
+    taper = np.outer(hann_weights(rows), hann_weights(columns))
+    weight = np.zeros((height, width), dtype=np.float32)
+    for done, crop in enumerate(crops, start=1):
+        scale = deviation[crop]
+        white = (noisy[:, *crop] - mean[crop]) / scale
+        time, space = _components(white.reshape(length, -1), excess, shrink=not any(sigmas))
+        time = _filtered(time, _kernel(sigmas[0]), axis=0)
+        images = _blurred(space.reshape(-1, rows, columns) * scale, _kernel(sigmas[1]))
+        denoised[:, *crop] += np.tensordot(time, images * taper, axes=1)
+        weight[crop] += taper
+        report(done, len(crops))
+    denoised /= weight
+    denoised += mean
+    return denoised
+
+
+def _difference_variance(noisy: np.ndarray) -> np.ndarray:
+    total = np.zeros(noisy.shape[1:])
+    for earlier, later in zip(noisy, noisy[1:], strict=False):
+        total += np.square(later.astype(np.float64) - earlier)
+    return total / (2 * (len(noisy) - 1))
+
+
+def _noise_excess(noisy: np.ndarray, deviation: np.ndarray, crops: list[Any], most: int = 25) -> float:
+    """How far the largest singular value of noise alone exceeds that of white noise; at least 1.
+
+    Differences of separate pairs of frames are noise without signal. The median over blocks passes over activity.
+    """
+    pairs = len(noisy) // 2
+    found = []
+    for index in np.unique(np.linspace(0, len(crops) - 1, min(most, len(crops))).astype(int)):
+        crop = crops[index]
+        cut = noisy[: 2 * pairs, *crop].astype(np.float32)
+        noise = ((cut[1::2] - cut[::2]) / (np.sqrt(np.float32(2)) * deviation[crop])).reshape(pairs, -1)
+        largest = np.linalg.svd(noise, compute_uv=False)[0]
+        found.append(largest / (np.sqrt(pairs) + np.sqrt(noise.shape[1])))
+    return max(1.0, float(np.median(found)))
+
+
+def _components(white: np.ndarray, excess: float, shrink: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Split (T, N) with unit noise into time courses (T, k) and images (k, N), k components above the noise.
+
+    With ``shrink`` each singular value y (in units of the noise) becomes sqrt((y^2 - b - 1)^2 - 4 b) / y, which
+    undoes on average what the noise adds to it and to the directions of its vectors.
+    """
+    short, long = sorted(white.shape)
+    tall = white.shape[0] >= white.shape[1]
+    squares, vectors = np.linalg.eigh(white.T @ white if tall else white @ white.T)
+    ratio = short / long
+    values = np.sqrt(np.maximum(squares, 0) / long) / excess
+    kept = values > 1 + np.sqrt(ratio)
+    basis = vectors[:, kept]
+    gain = np.ones(kept.sum(), dtype=np.float32)
+    if shrink:
+        y = values[kept]
+        gain = (np.sqrt(np.maximum((y**2 - ratio - 1) ** 2 - 4 * ratio, 0)) / y**2).astype(np.float32)
+    if tall:
+        return white @ basis * gain, basis.T
+    return basis * gain, basis.T @ white
+
+
+def _kernel(sigma: float, truncate: float = 4.0) -> np.ndarray:
+    """Gaussian weights that add up to one, float32, of odd length."""
+    if not sigma >= 0:
+        raise ValueError(f"the width of a Gaussian must be 0 or more, got {sigma}")
+    reach = int(truncate * sigma + 0.5)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-6)) ** 2)
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def _filtered(x: np.ndarray, kernel: np.ndarray, axis: int) -> np.ndarray:
+    """Convolve one axis with an odd symmetric kernel, borders reflected with the edge repeated."""
+    reach = len(kernel) // 2
+    size = x.shape[axis]
+    padded = np.pad(x, [(reach, reach) if a == axis % x.ndim else (0, 0) for a in range(x.ndim)], mode="symmetric")
+    moved = np.moveaxis(padded, axis, 0)
+    total = kernel[0] * moved[:size]
+    for offset in range(1, len(kernel)):
+        total += kernel[offset] * moved[offset : offset + size]
+    return np.moveaxis(total, 0, axis)
+
+
+def _blurred(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Filter the last two axes; float32."""
+    image = np.asarray(image).astype(np.float32, copy=False)
+    return image if len(kernel) == 1 else _filtered(_filtered(image, kernel, -1), kernel, -2)
+
+
+def _reflected(kernel: np.ndarray, times: np.ndarray, length: int) -> np.ndarray:
+    """Weights (len(times), length) of every frame in the filtered frames at `times`, borders reflected."""
+    reach = len(kernel) // 2
+    weights = np.zeros((len(times), length), dtype=np.float32)
+    for offset, share in enumerate(kernel, start=-reach):
+        position = (times + offset) % (2 * length)
+        weights[np.arange(len(times)), np.minimum(position, 2 * length - 1 - position)] += share
+    return weights
+
+
+def _others_only(weights: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Take every frame's own weight away and scale the others up to one."""
+    weights = weights.copy()
+    weights[np.arange(len(times)), times] = 0
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _pieces(stack: Any, count: int, side: int) -> Iterator[np.ndarray]:
+    """Yield up to 2 x 2 pieces (count, side, side) spread over the field, from the middle of the stack."""
+    length, height, width = stack.shape
+    first = (length - count) // 2
+    tops, lefts = (
+        sorted({(size - min(side, size)) * k // 3 for k in (1, 2)}) if size > side else [0] for size in (height, width)
+    )
+    block = np.asarray(stack[first : first + count, :, :])
+    for top in tops:
+        for left in lefts:
+            yield block[:, top : top + side, left : left + side].astype(np.float32)

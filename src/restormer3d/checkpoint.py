@@ -1,0 +1,137 @@
+"""Weights on disk: one safetensors file that carries its own configuration, and the resumable state of a training.
+
+A weights file needs no companion: the model's configuration and where the weights come from are in its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from restormer3d.config import ModelConfig
+from restormer3d.model import Restormer3D
+
+SHIPPED_WEIGHTS = "restormer3d.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A weights file or training state that cannot be used; the message names the file and what to do."""
+
+
+def save_weights(path: str | Path, model: Restormer3D, notes: dict[str, Any] | None = None) -> Path:
+    """Write a model's weights and configuration to one safetensors file.
+
+    Parameters
+    ----------
+    path : path
+        Written under a temporary name and renamed, so that no half-written file is left.
+    model : Restormer3D
+        Any device.
+    notes : dict, optional
+        JSON-serializable: data, seed, iterations, command.
+
+    Returns
+    -------
+    Path
+        The file written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    header = {"model_config": model.config.model_dump_json(), "notes": json.dumps(notes or {})}
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        save_file(tensors, part, metadata=header)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def load_weights(path: str | Path) -> Restormer3D:
+    """Build the model that a weights file describes, on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, is not a restormer3d weights file, or holds another architecture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file; give --weights FILE or --weights none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: expected a safetensors file written by restormer3d, found something else ({error})"
+        ) from error
+    if "model_config" not in header:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but of another program: its header has no model_config. "
+            "Use weights that `restormer3d denoise --save-weights` or `restormer3d pretrain` wrote"
+        )
+    return _build(path, header["model_config"], tensors)
+
+
+def weights_notes(path: str | Path) -> dict[str, Any]:
+    """What a weights file says of its own making: the `notes` given to :func:`save_weights`."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("notes", "{}"))
+
+
+def shipped_weights() -> Path | None:
+    """Return the pretrained weights inside the package, None if this build has none."""
+    path = Path(str(resources.files("restormer3d"))) / "data" / SHIPPED_WEIGHTS
+    return path if path.is_file() else None
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_state(path: str | Path, state: dict[str, Any]) -> None:
+    """Write the state of a training (tensors and plain values), replacing the last one in one step."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read the state that :func:`save_state` wrote; no code in the file is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable training state ({error}); remove it to start this training anew"
+        ) from error
+
+
+def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> Restormer3D:
+    try:
+        model = Restormer3D(ModelConfig.model_validate_json(config))
+        model.load_state_dict(tensors)
+    except (ValidationError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: weights of another architecture than this version of restormer3d builds ({reason}). "
+            "Use the version that wrote them, or --weights none to train from scratch"
+        ) from error
+    return model

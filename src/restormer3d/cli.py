@@ -1,0 +1,224 @@
+"""The command line: each command is one workflow function with a typed signature.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+app = App(name="restormer3d", help="Denoise two-photon calcium imaging stacks from the noisy stack alone.")
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_STAGES = {"check": "reading", "train": "training", "denoise": "denoising"}
+
+
+def main() -> None:
+    """Run the command line; exit 0 if all went well, 1 if a stack failed, 2 for bad arguments, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's kill cleans up as Ctrl-C does
+    try:
+        status = app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        status = _refuse(error)
+    except KeyboardInterrupt:
+        _say("interrupted: no half-written file is left")
+        status = 130
+    sys.exit(status)
+
+
+@app.command
+def denoise(
+    stacks: list[Path],
+    /,
+    *,
+    output: Annotated[Path, Parameter(alias="-o")],
+    recipe: Literal["default", "published"] = "default",
+    method: Literal["restormer3d", "gaussian", "temporal-mean", "svd"] = "restormer3d",
+    weights: str | None = None,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    patch: Annotated[tuple[int, int, int] | None, Parameter(negative="")] = None,
+    overlap: float | None = None,
+    seed: int | None = None,
+    blind_spot: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    time_limit: float | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    save_weights: Path | None = None,
+    config: Path | None = None,
+) -> int:
+    """Denoise TIFF stacks: same shape, same dtype, each from itself alone.
+
+    Parameters
+    ----------
+    stacks
+        Noisy TIFF files, each with axes (T, H, W).
+    output
+        A folder that receives a file of each input's name; with one stack it may be a file name.
+    recipe
+        "default" measured best; "published" is the published algorithm to the letter.
+    method
+        The network, or one of the plain filters it has to beat (seconds instead of minutes).
+    weights
+        A weights file to start from, or "none" to train from scratch. By default the pretrained weights.
+    iterations
+        Noise2Void iterations on each stack.
+    batch_size
+        Patches per iteration.
+    patch
+        Frames, rows and columns of training patches and inference windows.
+    overlap
+        Share of a window that the next one covers again, 0 to 0.9: less is faster and worse.
+    seed
+        Of patches, masks and initial weights: the same seed on one device gives the same result.
+    blind_spot
+        "auto" measures how far the noise is correlated; "point", or axes and odd widths such as x3 or x3y3.
+    device
+        auto, cpu, cuda or mps.
+    threads
+        CPU threads; by default all cores.
+    time_limit
+        Minutes for all stacks together: iterations and overlap are reduced to end in time.
+    overwrite
+        Replace existing outputs.
+    save_weights
+        Keep the weights trained on the stack (one stack only).
+    config
+        TOML file with tables [model], [training], [inference].
+    """
+    try:
+        from restormer3d.planning import settings, torch_device
+        from restormer3d.workflow import denoise_files, output_files
+
+        _set_threads(threads)
+        torch_device(device)
+        output_files(stacks, output)
+        if save_weights is not None and len(stacks) > 1:
+            raise ValueError("--save-weights keeps the weights of one stack: give one stack")
+        if time_limit is not None and time_limit <= 0:
+            raise ValueError(f"--time-limit must be more than 0 minutes, got {time_limit:g}")
+        chosen = settings(
+            recipe,
+            weights,
+            iterations=iterations,
+            batch_size=batch_size,
+            patch=patch,
+            overlap=overlap,
+            seed=seed,
+            blind_spot=blind_spot,
+            config_file=config,
+        )
+    except ValueError as error:
+        return _refuse(error)
+    with _progress() as progress:
+        failures = denoise_files(
+            stacks,
+            output,
+            chosen,
+            method=method,
+            device=device,
+            time_limit=time_limit,
+            overwrite=overwrite,
+            save_weights_to=save_weights,
+            progress=progress,
+            say=_say,
+        )
+    if failures:
+        _say(f"{len(failures)} of {len(stacks)} stacks failed")
+    return 1 if failures else 0
+
+
+@app.command
+def inspect(stack: Path) -> int:
+    """Print what a stack is, how noisy it is, and what `denoise` would do with it.
+
+    Parameters
+    ----------
+    stack
+        A TIFF file.
+    """
+    from restormer3d.inspection import describe, inspect
+
+    try:
+        facts = inspect(stack)
+    except (OSError, ValueError) as error:
+        _say(f"failed: {error}")
+        return 1
+    Console(highlight=False, soft_wrap=True).print(describe(facts), markup=False)
+    return 0
+
+
+@app.command
+def demo(*, output: Annotated[Path, Parameter(alias="-o")] = Path("demo"), minutes: float = 4.0) -> int:
+    """Denoise a small real recording that ships with the package, and draw it before and after.
+
+    Parameters
+    ----------
+    output
+        Folder for the denoised TIFF and the picture.
+    minutes
+        Time limit of the denoising.
+    """
+    from restormer3d.demo import demo
+
+    with _progress() as progress:
+        demo(output, minutes=minutes, progress=progress, say=_say)
+    return 0
+
+
+def _say(text: str) -> None:
+    _console.print(text, markup=False)
+
+
+def _refuse(error: Exception) -> int:
+    _say(f"bad arguments: {error}")
+    return 2
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars with rate and time left, one per stage of the stack at hand."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=_console, transient=True) as bars:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(_STAGES.get(stage, stage), total=total, rate="")
+            speed = bars.tasks[bars.task_ids.index(tasks[stage])].speed
+            bars.update(tasks[stage], completed=done, rate=f"{speed:.2g}/s" if speed else "")
+            if done >= total:
+                bars.remove_task(tasks.pop(stage))
+
+        yield report
+
+
+if __name__ == "__main__":
+    main()

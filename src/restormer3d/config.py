@@ -1,0 +1,177 @@
+"""The three configurations, model, training and inference: frozen, validated, saved with every result.
+
+Their defaults are the published recipe; :func:`recipe` gives the settings of a named recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Recipe = Literal["default", "published"]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PatchShape = tuple[
+    Annotated[int, Field(ge=8)],
+    Annotated[int, Field(ge=8)],
+    Annotated[int, Field(ge=8)],
+]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Config):
+    """Shape of the network.
+
+    Attributes
+    ----------
+    dim : int
+        Channels at full resolution; every level below has twice as many.
+    num_blocks : tuple of int
+        Transformer blocks per level; the last level is the latent one.
+    num_refinement_blocks : int
+        Transformer blocks after the decoder, at full resolution.
+    heads : tuple of int
+        Attention heads per level.
+    ffn_expansion_factor : float
+        Hidden channels of the GDFN per channel of its input.
+    last_level_channels : int
+        Channels of the level-1 decoder and the refinement: `dim` reduces the concatenated skip connection
+        (3.57M parameters), twice `dim` keeps it as it comes (3.72M, at twice the arithmetic).
+    start : {"input", "filters"}
+        What the residual is taken from. "input" is the published form: output = input - predicted noise.
+        "filters" gives the network Gaussian averages of its window and the temporal mean of the stack, and lets it
+        mix them voxel by voxel.
+    sigmas_t : tuple of float
+        Widths in frames of the temporal averages ("filters" only).
+    sigmas_xy : tuple of float
+        Widths in pixels of the spatial averages taken of each temporal one ("filters" only).
+    """
+
+    dim: Annotated[int, Field(ge=4, multiple_of=4)] = 32
+    num_blocks: tuple[int, int, int, int] = (2, 2, 2, 3)
+    num_refinement_blocks: int = 2
+    heads: tuple[int, int, int, int] = (1, 2, 4, 8)
+    ffn_expansion_factor: float = 2.0
+    last_level_channels: int = 32
+    start: Literal["input", "filters"] = "input"
+    sigmas_t: tuple[float, ...] = (2.0, 6.0, 18.0)
+    sigmas_xy: tuple[float, ...] = (0.7, 1.5)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.last_level_channels not in (self.dim, 2 * self.dim):
+            raise ValueError(
+                f"last_level_channels must be dim or twice dim ({self.dim} or {2 * self.dim}), "
+                f"got {self.last_level_channels}"
+            )
+        if any(self.dim * 2**level % heads for level, heads in enumerate(self.heads)):
+            raise ValueError(f"heads {self.heads} must divide the channels of their levels, dim * 2**level")
+        return self
+
+
+class TrainingConfig(_Config):
+    """One run of :func:`restormer3d.fit` on one or many stacks.
+
+    Attributes
+    ----------
+    patch : tuple of int
+        Frames, rows and columns of a training patch.
+    batch_size : int
+        Patches per iteration.
+    warmup_iterations : int
+        Iterations that regress (L1) onto the temporal median of the stack, before the blind spot.
+    iterations : int
+        Noise2Void iterations.
+    learning_rate, final_learning_rate : float
+        Ends of the one cosine that spans warm-up and Noise2Void.
+    weight_decay : float
+        Of AdamW.
+    loss : {"l1", "mse"}
+        Loss on the masked voxels.
+    masked_fraction : float
+        Share of the voxels of a patch that are masked.
+    blind_spot : "auto" or tuple of int
+        Half-extent in (frames, rows, columns) of what is masked around each chosen voxel: (0, 0, 0) is a point.
+        "auto" measures how far the noise of each stack is correlated.
+    gradient_clip : float
+        Largest norm of the gradient.
+    ema_decay : float
+        Decay per iteration of the running average of the weights that is kept as the result; 0 keeps the last ones.
+    seed : int
+        Of patches, masks and initial weights.
+    """
+
+    patch: PatchShape = (32, 64, 64)
+    batch_size: Annotated[int, Field(ge=1)] = 2
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    iterations: Annotated[int, Field(ge=0)] = 800
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    loss: Literal["l1", "mse"] = "mse"
+    masked_fraction: Annotated[float, Field(gt=0, le=0.25)] = 0.015
+    blind_spot: Literal["auto"] | tuple[int, int, int] = (0, 0, 0)
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Fraction = 0.0
+    seed: int = 0
+
+
+class InferenceConfig(_Config):
+    """How the windows slide over a stack.
+
+    Attributes
+    ----------
+    window : tuple of int
+        Frames, rows and columns of a window: the size of the training patches, because attention pools over it.
+    overlap_t, overlap_xy : float
+        Share of a window that the next one covers again, along time and along rows and columns.
+    batch_size : int
+        Windows per pass through the network.
+    """
+
+    window: PatchShape = (32, 64, 64)
+    overlap_t: Annotated[float, Field(ge=0, le=0.9)] = 0.5
+    overlap_xy: Annotated[float, Field(ge=0, le=0.9)] = 0.5
+    batch_size: Annotated[int, Field(ge=1)] = 2
+
+
+def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConfig, InferenceConfig]:
+    """Settings of a named recipe.
+
+    Parameters
+    ----------
+    name : {"default", "published"}
+        "published" is the algorithm page to the letter; "default" is what measured best (docs/quality.md).
+    pretrained : bool
+        Whether training starts from pretrained weights (800 iterations of fine-tuning) or from scratch.
+
+    Returns
+    -------
+    tuple of ModelConfig, TrainingConfig, InferenceConfig
+    """
+    if name == "published":
+        scratch = TrainingConfig(
+            warmup_iterations=200,
+            iterations=3000,
+            learning_rate=3e-4,
+            weight_decay=1e-5,
+            final_learning_rate=1e-6,
+        )
+        return ModelConfig(), TrainingConfig() if pretrained else scratch, InferenceConfig()
+    if name != "default":
+        raise ValueError(f"recipe must be 'default' or 'published', got {name!r}")
+    patch = (64, 32, 32)
+    common = {
+        "patch": patch,
+        "batch_size": 2,
+        "masked_fraction": 0.05,
+        "blind_spot": "auto",
+        "ema_decay": 0.99,
+    }
+    tuned = TrainingConfig.model_validate(common)
+    scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})
+    model = ModelConfig(start="filters")
+    return model, tuned if pretrained else scratch, InferenceConfig(window=patch, batch_size=4)

@@ -1,0 +1,43 @@
+"""The demonstration: a real recording that ships with the package, denoised and drawn."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from restormer3d.planning import settings
+from restormer3d.report import trace_picture
+from restormer3d.stacks import open_stack
+from restormer3d.workflow import Progress, Say, denoise_files
+
+RECORDING = "fmi_mouse_gcamp_192x96x96.tif"  # its source and licence: data/ATTRIBUTION.md
+
+
+def demo(output: Path, *, minutes: float = 4.0, progress: Progress, say: Say) -> None:
+    """Denoise the recording that ships with the package and draw it before and after.
+
+    Parameters
+    ----------
+    output : Path
+        Folder for the denoised TIFF, its sidecar and the picture.
+    minutes : float
+        Time limit of the denoising.
+    progress, say : function
+        As for :func:`denoise_files`.
+
+    Raises
+    ------
+    RuntimeError
+        If the recording could not be denoised.
+    """
+    source = Path(str(resources.files("restormer3d"))) / "data" / RECORDING
+    failures = denoise_files(
+        [source], output, settings(), time_limit=minutes, overwrite=True, progress=progress, say=say
+    )
+    if failures:
+        raise RuntimeError(str(failures[source]))
+    picture = output / "before_after.png"
+    with open_stack(source) as noisy, open_stack(output / RECORDING) as denoised:
+        trace_picture(noisy, denoised, picture)
+    say(f"denoised stack: {output / RECORDING}")
+    say(f"picture:        {picture}")

@@ -1,0 +1,127 @@
+"""Sliding windows over a stack as a generator of finished frames, in memory that does not grow with the stack.
+
+The seam where numpy frames become torch tensors and come back. Frames are added up over one window depth; those
+that no later window reaches are finished and leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from restormer3d.config import InferenceConfig
+from restormer3d.normalization import Normalization
+from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
+
+_CROP = tuple[slice, slice]
+
+
+def denoise_frames(
+    model: nn.Module,
+    stack: Any,
+    normalization: Normalization,
+    background: np.ndarray,
+    config: InferenceConfig,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """Denoise a stack window by window and yield its frames in order.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps windows (B, 1, T, H, W) and their background (B, 1, 1, H, W) to denoised windows.
+    stack : stack of shape (T, H, W)
+        Noisy intensities, read lazily, each frame at most a few times.
+    normalization : Normalization
+        Of this stack; undone on the way out.
+    background : numpy.ndarray
+        Temporal mean of the stack, normalized, (H, W) float32.
+    config : InferenceConfig
+        Window, overlaps, batch size.
+    device : str or torch.device
+        Where to compute. Beside the model it holds two window depths of frames.
+    progress : function, optional
+        Called after every pass with ("denoise", windows done, windows in all).
+
+    Yields
+    ------
+    numpy.ndarray
+        Denoised frames (H, W) float32, in the stack's intensities, not rounded.
+    """
+    frames, height, width = stack.shape
+    depth = min(config.window[0], frames + frames % 2)
+    window = (min(config.window[1], height), min(config.window[2], width))
+    starts = temporal_starts(frames, depth, config.overlap_t)
+    crops = _crops((height, width), window, config.overlap_xy)
+    plane = torch.from_numpy(np.outer(gaussian_weights(window[0]), gaussian_weights(window[1]))).to(device)
+    plane_sum = torch.zeros(height, width, device=device)
+    for crop in crops:
+        plane_sum[crop] += plane
+    hann = torch.from_numpy(hann_weights(depth)).to(device)
+    image = torch.from_numpy(np.ascontiguousarray(background, dtype=np.float32)).to(device)
+    blended = torch.zeros(depth, height, width, device=device)
+    weight = torch.zeros(depth, device=device)
+    model.eval()
+    for position, start in enumerate(starts):
+        noisy = torch.from_numpy(_read_mirrored(stack, start, depth, normalization)).to(device)
+        for first in range(0, len(crops), config.batch_size):
+            batch = crops[first : first + config.batch_size]
+            _blend(model, noisy, image, batch, hann[:, None, None] * plane, blended)
+            if progress is not None:
+                progress("denoise", position * len(crops) + first + len(batch), len(starts) * len(crops))
+        weight += hann
+        following = starts[position + 1] if position + 1 < len(starts) else start + depth
+        done = min(following - start, depth)
+        finished = blended[:done] / (weight[:done, None, None] * plane_sum)
+        kept = slice(max(0, -start), max(0, min(done, frames - start)))
+        yield from normalization.invert(finished[kept].cpu().numpy()).astype(np.float32)
+        _shift(blended, done)
+        _shift(weight, done)
+
+
+def count_windows(shape: tuple[int, int, int], config: InferenceConfig) -> int:
+    """Count the windows that :func:`denoise_frames` computes for a stack of this shape."""
+    depth = min(config.window[0], shape[0] + shape[0] % 2)
+    per_axis = (
+        len(window_starts(size, min(size, window), config.overlap_xy))
+        for size, window in zip(shape[1:], config.window[1:], strict=True)
+    )
+    rows, columns = per_axis
+    return len(temporal_starts(shape[0], depth, config.overlap_t)) * rows * columns
+
+
+def _crops(size: tuple[int, int], window: tuple[int, int], overlap: float) -> list[_CROP]:
+    rows, columns = (window_starts(full, part, overlap) for full, part in zip(size, window, strict=True))
+    return [(slice(y, y + window[0]), slice(x, x + window[1])) for y in rows for x in columns]
+
+
+def _read_mirrored(stack: Any, start: int, depth: int, normalization: Normalization) -> np.ndarray:
+    """Read normalized frames `start` to `start + depth`, the time axis mirrored at its ends; (depth, H, W)."""
+    indices = mirror_indices(start, start + depth, stack.shape[0])
+    first = int(indices.min())
+    return normalization.apply(stack[first : int(indices.max()) + 1])[indices - first]
+
+
+@torch.inference_mode()
+def _blend(
+    model: nn.Module, noisy: Tensor, background: Tensor, crops: list[_CROP], weight: Tensor, blended: Tensor
+) -> None:
+    """Denoise the windows at `crops` in one pass and add them, weighted, to `blended` (depth, H, W)."""
+    windows = torch.stack([noisy[:, y, x] for y, x in crops]).unsqueeze(1)
+    images = torch.stack([background[y, x] for y, x in crops])[:, None, None]
+    denoised = model(windows, images).squeeze(1)
+    for (y, x), frames in zip(crops, denoised, strict=True):
+        blended[:, y, x] += frames * weight
+
+
+def _shift(values: Tensor, done: int) -> None:
+    """Drop the first `done` entries and make room for as many at the end."""
+    kept = values.shape[0] - done
+    values[:kept] = values[done:].clone()
+    values[kept:] = 0

@@ -1,0 +1,79 @@
+"""What a stack is before anything is done to it, in numbers and in lines of text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from restormer3d.noise import blind_spot_extent, estimate_noise
+from restormer3d.normalization import estimate_normalization
+from restormer3d.planning import settings, training_plan
+from restormer3d.stacks import check_stack, open_stack
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a stack is, what its noise is like, and what `denoise` would do with it.
+
+    Parameters
+    ----------
+    path : path
+        A TIFF file.
+
+    Returns
+    -------
+    dict
+        File, shape, dtype, axes, size, percentiles, noise (photon transfer, correlation) and blind spot.
+
+    Raises
+    ------
+    StackError
+        If the file is not a stack that can be denoised.
+    """
+    with open_stack(path) as stack:
+        check = check_stack(stack)
+        noise = estimate_noise(stack)
+        percentiles = (0.5, 50.0, 99.5)
+        values = [estimate_normalization(stack, percentiles=(low, 100.0)).low for low in percentiles]
+        return {
+            "file": str(path),
+            "shape": stack.shape,
+            "dtype": str(stack.dtype),
+            "axes": stack.axes,
+            "note": stack.note,
+            "megabytes": stack.nbytes / 1e6,
+            "minimum": check.minimum,
+            "maximum": check.maximum,
+            "percentiles": dict(zip(percentiles, values, strict=True)),
+            "noise": asdict(noise),
+            "blind_spot": blind_spot_extent(noise),
+        }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """Say in lines of text what :func:`inspect` found and what `denoise` would do by default."""
+    noise, extent = facts["noise"], facts["blind_spot"]
+    chosen = settings()
+    photons = noise["photons_per_pixel"]
+    wide = " x ".join(str(2 * reach + 1) for reach in extent)
+    seen = {axis: f"{noise['correlation'][axis][0]:.2f}" for axis in "xyt"}
+    frames, height, width = facts["shape"]
+    rows = {
+        "file": facts["file"],
+        "stack": f"{frames} frames of {height} x {width}, {facts['dtype']}, axes {facts['axes']}",
+        "note": facts["note"],
+        "size": f"{facts['megabytes']:.1f} MB of voxels",
+        "intensities": f"{facts['minimum']:g} to {facts['maximum']:g}; percentiles "
+        + ", ".join(f"{p:g} %: {value:g}" for p, value in facts["percentiles"].items()),
+        "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
+        "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); offset {noise['offset']:.4g}",
+        "photons": "not known: the noise does not grow with the signal"
+        if photons is None
+        else f"{photons:.3g} per pixel and frame (median)",
+        "noise at lag 1": f"x {seen['x']}, y {seen['y']}, t {seen['t']} (correlation; 0 is white)",
+        "blind spot": f"{wide} voxels (frames x rows x columns)" + " because neighbors are correlated" * any(extent),
+        "denoise would": f"normalize to {facts['percentiles'][0.5]:g} .. {facts['percentiles'][99.5]:g}, run "
+        f"{training_plan(chosen)} in windows of {' x '.join(map(str, chosen.inference.window))} with "
+        f"{chosen.inference.overlap_t:.0%} overlap, and write {facts['dtype']} of the same shape",
+    }
+    return "\n".join(f"{name:>15}: {text}" for name, text in rows.items() if text)

@@ -1,0 +1,298 @@
+"""Noise of a recording measured from the recording itself: gain, read noise, and correlation of neighbors.
+
+Consecutive frames show almost the same signal, so their differences are almost pure noise. How the variance of
+the differences grows with the mean gives gain and read noise (the photon transfer line); how neighboring voxels of
+the differences go together tells which voxels a blind spot has to cover.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LEAK_THRESHOLD = 0.08
+_RUN = 12  # consecutive frames read together
+_MAX_LAG = 6  # frames between which differences are taken
+_CLIPPED_BIN = 0.05  # a bin with more clipped samples than this has visibly lost variance
+_TIME_LAGS = 2
+_SPACE_LAGS = 3
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """What `estimate_noise` found; intensities in units of the stack (ADU).
+
+    Parameters
+    ----------
+    gain : float
+        ADU per photon, the slope of the photon transfer line; 0 if the variance does not grow with the mean.
+        Where neighbors are correlated it is the *apparent* gain: smoothing lowers the variance of a pixel, so
+        the true gain is larger and the photons fewer by up to `smoothing_factor`.
+    read_noise_variance : float
+        Variance at zero light, ADU^2 (0 if the line crosses zero variance at a positive intensity).
+    offset : float
+        Intensity at zero light, ADU: where the line meets `read_noise_variance`. A line alone cannot tell a
+        positive offset from a smaller read noise; the smaller of the two possible corrections is reported.
+    photons_per_pixel : float or None
+        Median over pixels of the mean intensity in photons; None if the gain is 0.
+    correlation : dict of str to tuple of float
+        Correlation coefficients of the noise: ``"t"`` lags 1-2, ``"y"`` and ``"x"`` lags 1-3. NaN where the
+        stack is too short or too narrow to tell.
+    standard_error : float
+        Sampling error of the correlations, rounded up over axes and lags.
+    clipped_fraction : float
+        Fraction of the samples at the lowest or highest value that occurs.
+    """
+
+    gain: float
+    read_noise_variance: float
+    offset: float
+    photons_per_pixel: float | None
+    correlation: dict[str, tuple[float, ...]]
+    standard_error: float
+    clipped_fraction: float
+
+    @property
+    def smoothing_factor(self) -> float:
+        """Ratio of true to apparent gain if the correlation comes from smoothing along x and y."""
+        sums = [1 + 2 * max(0.0, float(np.nansum(self.correlation[axis]))) for axis in "yx"]
+        return sums[0] * sums[1]
+
+    def variance(self, mean: np.ndarray) -> np.ndarray:
+        """Return the noise variance expected at intensities ``mean``, never below the read noise."""
+        return self.gain * np.maximum(mean - self.offset, 0) + self.read_noise_variance
+
+
+def estimate_noise(stack: Any, max_frames: int = 240, max_side: int = 256) -> NoiseEstimate:
+    """Estimate gain, read noise and noise correlation from differences of frames.
+
+    Up to ``max_frames / 12`` evenly spaced runs of 12 consecutive frames are read, from the central
+    ``max_side`` x ``max_side`` pixels. Runs with a jump of the field are left out. Active pixels and moving
+    edges are outvoted by medians; bins of intensity that clipping has narrowed are left out of the line.
+    The variance is extrapolated from differences over one and more frames to no delay at all, so that slow
+    signal does not count as noise.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Noisy intensities; T at least 2.
+    max_frames : int
+        Most frames to read.
+    max_side : int
+        Largest height and width that is looked at, pixels.
+
+    Returns
+    -------
+    NoiseEstimate
+
+    Raises
+    ------
+    ValueError
+        If the stack has fewer than two frames.
+
+    References
+    ----------
+    J. R. Janesick, *Photon Transfer* (SPIE, 2007).
+    """
+    if stack.shape[0] < 2:
+        raise ValueError(f"the noise is estimated from differences of frames: got {stack.shape[0]} frame, need 2")
+    sample = _still_runs(_read_runs(stack, max_frames, max_side))  # (runs, frames of a run, h, w)
+    mean = sample.mean(axis=(0, 1), dtype=np.float64)
+    growth = _squared_differences(sample)  # (lags, h, w)
+    clipped = ((sample == sample.min()) | (sample == sample.max())).mean(axis=(0, 1))
+    pairs = sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
+    usual = usual_variance(mean, growth[0], pairs)
+    over_time = _time_correlation(growth / usual)
+    variance = _at_lag_zero(growth, memory=max(np.abs(over_time)) > LEAK_THRESHOLD)
+    gain, intercept = _robust_line(*_bins_by_mean(mean, variance, clipped, pairs))
+    offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
+    differences = np.diff(sample, axis=1).reshape(-1, *mean.shape) / np.sqrt(2 * usual, dtype=np.float32)
+    return NoiseEstimate(
+        gain=gain,
+        read_noise_variance=max(0.0, intercept),
+        offset=offset,
+        photons_per_pixel=(float(np.median(mean)) - offset) / gain if gain > 0 else None,
+        correlation={
+            "t": over_time,
+            "y": _space_correlation(differences.swapaxes(1, 2)),
+            "x": _space_correlation(differences),
+        },
+        standard_error=4 / float(np.sqrt(differences.size)),
+        clipped_fraction=float(clipped.mean()),
+    )
+
+
+def blind_spot_extent(estimate: NoiseEstimate, threshold: float = LEAK_THRESHOLD) -> tuple[int, int, int]:
+    """Return how many neighbors on each side the blind spot has to cover along t, y and x.
+
+    A hidden voxel whose two neighbors carry its noise with correlation r can be predicted from them up to a share
+    of 2 r^2 of its noise variance, and a network learns to keep that share. The default threshold, 0.08, bounds
+    the share by 1.3 %. Residual signal in the differences moves the estimate by up to about 0.04, well below it;
+    for stacks so small that the sampling error is larger, twice that error is the bound.
+
+    Parameters
+    ----------
+    estimate : NoiseEstimate
+        From `estimate_noise`.
+    threshold : float
+        Smallest correlation, of either sign, that counts.
+
+    Returns
+    -------
+    tuple of int
+        Half-extents (t, y, x): 0 covers the voxel alone, 1 one neighbor on each side.
+    """
+    bound = max(threshold, 2 * estimate.standard_error)
+    extents = []
+    for axis in "tyx":
+        lags = [lag for lag, r in enumerate(estimate.correlation[axis], start=1) if abs(r) > bound]
+        extents.append(max(lags, default=0))
+    return extents[0], extents[1], extents[2]
+
+
+def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.ndarray:
+    """Replace the variance of every pixel by what is usual among pixels of its mean intensity.
+
+    Unlike the straight line of `estimate_noise` it follows the bend that clipping at zero makes.
+
+    Parameters
+    ----------
+    mean : numpy.ndarray
+        Temporal mean, (H, W).
+    variance : numpy.ndarray
+        Half the mean squared difference of consecutive frames, (H, W).
+    pairs : int
+        Number of differences it was averaged over.
+
+    Returns
+    -------
+    numpy.ndarray
+        Noise variance, (H, W), above 0.
+    """
+    means, variances, _ = _bins_by_mean(mean, variance, np.zeros_like(mean), pairs)
+    return np.maximum(np.interp(mean, means, variances), 1e-12)
+
+
+def _read_runs(stack: Any, max_frames: int, max_side: int) -> np.ndarray:
+    length, height, width = stack.shape
+    run = min(_RUN, length)
+    count = max(1, min(max_frames, length) // run)
+    top, left = max(0, height - max_side) // 2, max(0, width - max_side) // 2
+    bottom, right = top + min(height, max_side), left + min(width, max_side)
+    starts = np.linspace(0, length - run, count).astype(int)
+    return np.stack([stack[a : a + run, top:bottom, left:right].astype(np.float32) for a in starts])
+
+
+def _still_runs(sample: np.ndarray) -> np.ndarray:
+    """Leave out runs in which a pair of frames differs far more than usual: a jump, or an outlier frame."""
+    pairs = np.square(np.diff(sample, axis=1)).mean(axis=(2, 3))
+    worst = pairs.max(axis=1)
+    still = worst <= 1.5 * np.median(pairs)
+    if 4 * still.sum() < len(sample):
+        still = worst <= np.median(worst)
+    return sample[still]
+
+
+def _squared_differences(sample: np.ndarray) -> np.ndarray:
+    """Return the mean of (x[t+k] - x[t])^2 / 2 per pixel for lags k = 1 to 6, from the same t; (6, h, w).
+
+    Runs too short for lag 6 give lag 1 alone, (1, h, w).
+    """
+    anchors = sample.shape[1] - _MAX_LAG
+    if anchors < 1:
+        return np.square(np.diff(sample, axis=1)).mean(axis=(0, 1), dtype=np.float64)[None] / 2
+    steps = (sample[:, k : k + anchors] - sample[:, :anchors] for k in range(1, _MAX_LAG + 1))
+    return np.stack([np.square(step).mean(axis=(0, 1), dtype=np.float64) / 2 for step in steps])
+
+
+def _at_lag_zero(growth: np.ndarray, memory: bool) -> np.ndarray:
+    """Noise variance per pixel, free of signal that grows linearly with the lag.
+
+    From lags 1 and 2, or, for noise with a memory of a frame or two, from the line through lags 3 to 6, which is
+    less precise.
+    """
+    if len(growth) < _MAX_LAG:
+        return growth[0]
+    if memory:
+        return np.tensordot((1.6, 0.7, -0.2, -1.1), growth[2:], axes=1)  # least squares on lags 3, 4, 5, 6
+    return 2 * growth[0] - growth[1]
+
+
+def _bins_by_mean(
+    mean: np.ndarray, variance: np.ndarray, clipped: np.ndarray, pairs: int, bins: int = 40
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean, typical variance and clipped fraction of pixels of like mean, means increasing; each (bins,).
+
+    The median over a bin drops active pixels. It is taken over groups of pixels large enough for their variance to
+    be nearly symmetric: the squares themselves are so skewed that their median lies far below their mean.
+    """
+    order = np.argsort(mean, axis=None)
+    per_group = min(order.size, -(-400 // pairs))
+    groups = order.size // per_group
+    order = order[: groups * per_group].reshape(groups, per_group)
+    m, v, c = (image.ravel()[order].mean(axis=1) for image in (mean, variance, clipped))
+    parts = np.array_split(np.arange(groups), max(1, min(bins, groups // 5)))
+    return (
+        np.array([m[part].mean() for part in parts]),
+        np.array([np.median(v[part]) for part in parts]),
+        np.array([c[part].mean() for part in parts]),
+    )
+
+
+def _robust_line(
+    mean: np.ndarray, variance: np.ndarray, clipped: np.ndarray, iterations: int = 30
+) -> tuple[float, float]:
+    """Fit variance = gain * mean + intercept with least absolute relative deviations; the gain is at least 0."""
+    usable = clipped <= max(_CLIPPED_BIN, float(np.quantile(clipped, 0.25)))
+    mean, variance = mean[usable], variance[usable]
+    typical = float(np.median(variance))
+    if np.ptp(mean) == 0:
+        return 0.0, typical
+    floor = max(1e-12, 1e-3 * typical)
+    design = np.stack([mean, np.ones_like(mean)], axis=1)
+    fitted, weights = np.maximum(variance, floor), np.ones_like(mean)
+    gain, intercept = 0.0, typical
+    for _ in range(iterations):
+        scale = weights / fitted
+        gain, intercept = np.linalg.lstsq(design * scale[:, None], variance * scale, rcond=None)[0]
+        fitted = np.maximum(gain * mean + intercept, floor)
+        weights = 1 / np.sqrt(np.maximum(np.abs(variance / fitted - 1), 1e-3))
+    return (float(gain), float(intercept)) if gain > 0 else (0.0, typical)
+
+
+def _middle_mean(values: np.ndarray) -> float:
+    """Mean of the middle half: nearly as precise as the mean, and deaf to a minority of active pixels."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(values[(values >= low) & (values <= high)].mean())
+
+
+def _space_correlation(differences: np.ndarray) -> tuple[float, ...]:
+    """Correlation along the last axis of unit-variance differences, less what stays at lags 5 to 8.
+
+    What stays there is common to whole regions (flicker, neuropil, line noise), not the detector's smearing of one
+    pixel into the next.
+    """
+    width = differences.shape[2]
+
+    def at(lag: int) -> float:
+        return _middle_mean((differences[..., lag:] * differences[..., :-lag]).mean(axis=0))
+
+    far = [at(lag) for lag in range(5, 9) if 2 * lag <= width]
+    slow = float(np.mean(far)) if far else 0.0
+    return tuple(at(lag) - slow if lag < width else float("nan") for lag in range(1, _SPACE_LAGS + 1))
+
+
+def _time_correlation(growth: np.ndarray) -> tuple[float, ...]:
+    """Correlation along time from squared differences in units of the usual variance, by lag.
+
+    growth[k] = (noise variance) * (1 - r[k]) + signal[k], and a slow signal grows linearly at first: the line through
+    lags 3 to 6 tells what lags 1 and 2 would show if the noise were white.
+    """
+    if len(growth) < _MAX_LAG:
+        return (float("nan"),) * _TIME_LAGS
+    typical = [_middle_mean(image) for image in growth]
+    slope, level = np.polyfit(range(3, _MAX_LAG + 1), typical[2:], 1)
+    white = [max(level + slope * lag, 1e-12) for lag in range(1, _TIME_LAGS + 1)]
+    return tuple(float(1 - seen / expected) for seen, expected in zip(typical, white, strict=False))

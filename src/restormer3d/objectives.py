@@ -1,0 +1,155 @@
+"""What one training step learns: the temporal median, or masked voxels that the network cannot see (Noise2Void).
+
+The blind spot is strict: neither a masked voxel nor one whose noise is correlated with it reaches the network, not
+at borders and not through the temporal mean.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CANDIDATES = 8  # neighbors tried for each masked voxel before its patch mean is taken
+
+
+def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor) -> Tensor:
+    """L1 distance of the denoised patches from their stacks' temporal median, broadcast over frames.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps noisy patches and background to denoised patches.
+    noisy : Tensor
+        Patches with shape (B, 1, T, H, W).
+    background, median : Tensor
+        Temporal mean and median of the whole stacks at these pixels, (B, 1, 1, H, W).
+    """
+    return (model(noisy, background) - median).abs().mean()
+
+
+def blind_spot_loss(
+    model: nn.Module,
+    noisy: Tensor,
+    background: Tensor,
+    stack_frames: Tensor,
+    *,
+    masked_fraction: float,
+    extent: tuple[int, int, int],
+    loss: str,
+    generator: torch.Generator,
+) -> Tensor:
+    """Noise2Void loss: predict the chosen voxels from patches in which they are replaced.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps noisy patches and background to denoised patches.
+    noisy : Tensor
+        Patches with shape (B, 1, T, H, W).
+    background : Tensor
+        Temporal mean of the whole stacks, (B, 1, 1, H, W). The masked voxels are part of it; their share is
+        exchanged for that of their replacements, else a network could solve for them.
+    stack_frames : Tensor
+        Frames of each patch's stack, (B,): what the temporal mean was divided by.
+    masked_fraction, extent, generator
+        See :func:`blind_spot`.
+    loss : {"l1", "mse"}
+        Loss on the chosen voxels.
+
+    References
+    ----------
+    Krull et al., "Noise2Void - Learning Denoising from Single Noisy Images", CVPR 2019.
+    """
+    masked, chosen = blind_spot(noisy, masked_fraction, extent, generator)
+    share = (masked - noisy).sum(2, keepdim=True) / stack_frames.view(-1, 1, 1, 1, 1).to(noisy.dtype)
+    error = (model(masked, background + share) - noisy)[chosen]
+    return error.abs().mean() if loss == "l1" else error.square().mean()
+
+
+def blind_spot(
+    noisy: Tensor, masked_fraction: float, extent: tuple[int, int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Choose voxels at random and replace them, and all within `extent` of them, by neighbors.
+
+    A replacement is another voxel of the patch, at most one further away than `extent` reaches along each axis,
+    never the voxel itself and never one that is itself replaced. Where no candidate qualifies, the mean of the
+    patch's visible voxels stands in.
+
+    Parameters
+    ----------
+    noisy : Tensor
+        Patches with shape (B, 1, T, H, W).
+    masked_fraction : float
+        Share of voxels that are replaced; with an extended blind spot fewer are chosen for the loss.
+    extent : tuple of int
+        Half-extent of the blind spot in frames, rows and columns; (0, 0, 0) masks single voxels.
+    generator : torch.Generator
+        On the CPU or on the patches' device.
+
+    Returns
+    -------
+    masked : Tensor
+        The patches with replaced voxels, (B, 1, T, H, W).
+    chosen : Tensor of bool
+        Voxels that count in the loss, (B, 1, T, H, W).
+    """
+    chosen = _choose(noisy, masked_fraction, extent, generator)
+    hidden = _dilate(chosen, extent)
+    index = hidden.flatten().nonzero().squeeze(1)
+    source = _visible_neighbors(index, hidden, extent, generator)
+    visible_mean = (noisy * ~hidden).sum((1, 2, 3, 4)) / (~hidden).sum((1, 2, 3, 4)).clamp(min=1)
+    fallback = visible_mean[index // noisy[0].numel()]
+    values = torch.where(source >= 0, noisy.flatten()[source.clamp(min=0)], fallback)
+    masked = noisy.flatten().index_put((index,), values).view_as(noisy)
+    return masked, chosen
+
+
+def _choose(noisy: Tensor, fraction: float, extent: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Voxels to predict: the same number in every patch, at least one."""
+    voxels = noisy[0].numel()
+    covered = 1
+    for reach in extent:
+        covered *= 2 * reach + 1
+    count = max(1, round(fraction * voxels / covered))
+    ranks = torch.rand(noisy.shape[0], voxels, generator=generator, device=generator.device)
+    picked = ranks.topk(count, dim=1).indices.to(noisy.device)
+    chosen = torch.zeros(noisy.shape[0], voxels, dtype=torch.bool, device=noisy.device)
+    return chosen.scatter_(1, picked, True).view_as(noisy)
+
+
+def _dilate(chosen: Tensor, extent: tuple[int, int, int]) -> Tensor:
+    if not any(extent):
+        return chosen
+    kernel = tuple(2 * reach + 1 for reach in extent)
+    return F.max_pool3d(chosen.float(), kernel, stride=1, padding=extent) > 0
+
+
+def _visible_neighbors(
+    index: Tensor, hidden: Tensor, extent: tuple[int, int, int], generator: torch.Generator
+) -> Tensor:
+    """For each hidden voxel the flat index of a visible neighbor, -1 where no candidate is visible."""
+    sizes = hidden.shape[2:]
+    patch, rest = index // hidden[0].numel(), index % hidden[0].numel()
+    place = torch.stack([rest // (sizes[1] * sizes[2]), rest // sizes[2] % sizes[1], rest % sizes[2]])
+    flat_hidden = hidden.flatten()
+    source = torch.full_like(index, -1)
+    for _ in range(_CANDIDATES):
+        neighbor = patch
+        for axis, (size, reach) in enumerate(zip(sizes, extent, strict=True)):
+            offset = _offsets(index, reach + 1, generator)
+            neighbor = neighbor * size + _reflect(place[axis] + offset, size)
+        usable = (source < 0) & ~flat_hidden[neighbor]
+        source = torch.where(usable, neighbor, source)
+    return source
+
+
+def _offsets(index: Tensor, radius: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randint(-radius, radius + 1, index.shape, generator=generator, device=generator.device)
+    return drawn.to(index.device)
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Mirror positions that fall outside [0, size); the border itself is not repeated."""
+    position = position.abs()
+    return torch.minimum(position, 2 * (size - 1) - position).clamp(0, size - 1)

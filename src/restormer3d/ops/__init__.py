@@ -1,0 +1,108 @@
+"""The slow operators of Restormer3D behind one signature each, computed by the engine that fits the device.
+
+``reference`` is plain PyTorch and runs anywhere; ``cpu`` is Numba and matrix products. The environment variable
+``RESTORMER3D_ENGINE`` or :func:`use_engine` forces one; otherwise the device of the tensors decides.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from restormer3d.ops import reference
+
+ENGINES = ("reference", "cpu")
+"""The names of the engines that can be forced."""
+
+_forced: ContextVar[str | None] = ContextVar("restormer3d_engine", default=None)
+
+
+def engine_for(device: torch.device | str) -> str:
+    """Return the name of the engine that computes tensors on ``device``.
+
+    Raises
+    ------
+    ValueError
+        If the forced engine is unknown or cannot work on this device.
+    """
+    kind = torch.device(device).type
+    name = _forced.get() or os.environ.get("RESTORMER3D_ENGINE") or ("cpu" if kind == "cpu" else "reference")
+    _check_name(name)
+    if name == "cpu" and kind != "cpu":
+        raise ValueError(f"engine 'cpu' was forced, but the tensors are on {kind!r}: use engine 'reference' there")
+    return name
+
+
+@contextmanager
+def use_engine(name: str | None) -> Iterator[None]:
+    """Force one engine within a ``with`` block and this thread; ``None`` lets the device decide.
+
+    Raises
+    ------
+    ValueError
+        If there is no engine of that name.
+    """
+    if name is not None:
+        _check_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _check_name(name: str) -> None:
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine {name!r}: RESTORMER3D_ENGINE must be one of {', '.join(ENGINES)}")
+
+
+def _engine(x: Tensor) -> ModuleType:
+    if engine_for(x.device) == "reference":
+        return reference
+    from restormer3d.ops import cpu  # numba is imported only where its kernels run
+
+    return cpu
+
+
+def mdta(
+    x: Tensor,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+) -> Tensor:
+    """Attention over channels with LayerNorm and residual; see :func:`restormer3d.ops.reference.mdta`."""
+    return _engine(x).mdta(x, norm_weight, qkv_weight, dwconv_weight, temperature, project_out_weight)
+
+
+def gdfn(
+    x: Tensor,
+    norm_weight: Tensor,
+    project_in_weight: Tensor,
+    dwconv_weight: Tensor,
+    project_out_weight: Tensor,
+) -> Tensor:
+    """Gated feed-forward network with LayerNorm and residual; see :func:`restormer3d.ops.reference.gdfn`."""
+    return _engine(x).gdfn(x, norm_weight, project_in_weight, dwconv_weight, project_out_weight)
+
+
+def pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve 1x1x1, ``weight`` (C_out, C_in, 1, 1, 1), no bias."""
+    return _engine(x).pointwise(x, weight)
+
+
+def conv3d(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve 3x3x3 with zero padding 1, ``weight`` (C_out, C_in, 3, 3, 3), no bias."""
+    return _engine(x).conv3d(x, weight)
+
+
+def depthwise_conv3d(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve every channel with its own 3x3x3 kernel, zero padding 1, ``weight`` (C, 1, 3, 3, 3)."""
+    return _engine(x).depthwise_conv3d(x, weight)

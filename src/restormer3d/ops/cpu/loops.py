@@ -1,0 +1,235 @@
+"""The inner loops of the CPU engine, unrolled over registers; Numba code calls them on flat float32 buffers.
+
+A *tile* holds some rows of one frame for many channels: channel ``c``, row ``r``, column ``w`` lie at
+``c * stride + r * pitch + w``. One column of zeros separates the rows, and the rest of a channel's stride is zero
+too, so a 3x3x3 kernel runs over a tile as over one line, without special cases at its borders.
+Arguments named ``i…`` are offsets in elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from restormer3d.ops.reference import NORM_EPS
+from restormer3d.ops.cpu.simd import LANES, REGISTERS, Emitter, vector_loop
+
+TILE_ROWS = 8 if REGISTERS == 32 else 4
+"""Rows of a register tile of :func:`matrix_product`."""
+SUM_ROWS = 12 if REGISTERS == 32 else 6
+"""Rows of a register tile of :func:`sum_product`."""
+SUM_COLUMNS = 2 * LANES
+"""Columns of a register tile of :func:`sum_product`."""
+BLOCK = 4
+"""Rows of an image that one pass of the depth-wise convolution computes together."""
+
+
+def _register_tile(rows: int, vectors: int, accumulate: bool) -> Any:
+    """Emit ``c (+)= a @ b`` for ``rows`` rows and ``vectors * LANES`` columns of c."""
+
+    def emit(e: Emitter, a: Any, ia: Any, lda: Any, b: Any, ib: Any, ldb: Any, c: Any, ic: Any, ldc: Any, depth: Any) -> None:
+        a_rows = [e.at(a, e.plus(ia, e.times(lda, m))) for m in range(rows)]
+        sums = [[e.variable(e.constant(0.0)) for _ in range(vectors)] for _ in range(rows)]
+        with e.loop(depth) as k:
+            b_row = e.at(b, e.plus(ib, e.times(k, ldb)))
+            columns = [e.load(e.at(b_row, v * LANES)) for v in range(vectors)]
+            for m in range(rows):
+                factor = e.broadcast(e.at(a_rows[m], k))
+                for v in range(vectors):
+                    e.set(sums[m][v], e.fma(factor, columns[v], e.get(sums[m][v])))
+        for m in range(rows):
+            c_row = e.at(c, e.plus(ic, e.times(ldc, m)))
+            for v in range(vectors):
+                target, value = e.at(c_row, v * LANES), e.get(sums[m][v])
+                e.store(e.add(value, e.load(target)) if accumulate else value, target)
+
+    return vector_loop(emit)
+
+
+tile3 = _register_tile(TILE_ROWS, 3, False)
+tile2 = _register_tile(TILE_ROWS, 2, False)
+tile1 = _register_tile(TILE_ROWS, 1, False)
+sum_tile = _register_tile(SUM_ROWS, 2, True)
+
+
+@vector_loop
+def depthwise(e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, taps: Any, it: Any, dst: Any, io: Any, rows: Any, width: Any) -> None:
+    """Convolve one channel: ``i0, i1, i2`` are three successive planes of ``rows + 2`` rows; ``dst`` gets ``rows``.
+
+    ``rows`` is a multiple of ``BLOCK``; the last vector of a row runs over into the next.
+    """
+    weights = [e.broadcast(e.at(taps, e.plus(it, k))) for k in range(27)]
+    planes = [e.at(src, i) for i in (i0, i1, i2)]
+    with e.loop(rows, step=BLOCK) as r:
+        start = e.times(r, pitch)
+        with e.loop(width, step=LANES) as w:
+            column = e.plus(start, w)
+            sums: list[Any] = [e.constant(0.0)] * BLOCK
+            for t in range(3):
+                for row in range(BLOCK + 2):
+                    line = e.at(planes[t], e.plus(column, e.times(pitch, row)))
+                    for shift in range(3):
+                        value = e.load(e.at(line, shift))
+                        for h in range(max(0, row - BLOCK + 1), min(3, row + 1)):
+                            sums[row - h] = e.fma(weights[9 * t + 3 * h + shift], value, sums[row - h])
+            for row in range(BLOCK):
+                e.store(sums[row], e.at(dst, e.plus(io, e.plus(column, e.times(pitch, row)))))
+
+
+@vector_loop
+def depthwise_weight_gradient(e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, grad: Any, ig: Any, out: Any, io: Any, rows: Any, width: Any) -> None:
+    """Add ``sum grad[r, w] * plane_t[r + h, w + shift - 1]`` to the 27 vectors at ``out[io]``, lane by lane."""
+    planes = [e.at(src, i) for i in (i0, i1, i2)]
+    target = e.at(out, io)
+    sums = [e.variable(e.load(e.at(target, k * LANES))) for k in range(27)]
+
+    def step(w: Any, row: Any, grads: dict[int, Any]) -> None:
+        offset = e.plus(e.times(row, pitch), w)
+        for t in range(3):
+            for shift in range(3):
+                value = e.load(e.at(planes[t], e.plus(offset, shift)))
+                for h, g in grads.items():
+                    slot = sums[9 * t + 3 * h + shift]
+                    e.set(slot, e.fma(g, value, e.get(slot)))
+
+    with e.loop(width, step=LANES) as w:
+        left = e.plus(width, e.times(w, -1))
+
+        def gradient(row: Any) -> Any:
+            value = e.load(e.at(grad, e.plus(ig, e.plus(e.times(row, pitch), w))))
+            return e.keep(value, left)
+
+        zero = e.times(w, 0)
+        first, second = gradient(zero), gradient(e.plus(zero, 1))
+        step(w, zero, {0: first})
+        step(w, e.plus(zero, 1), {0: second, 1: first})
+        before, last = e.variable(first), e.variable(second)
+        with e.loop(rows, start=e.plus(zero, 2)) as row:
+            newest = gradient(row)
+            step(w, row, {0: newest, 1: e.get(last), 2: e.get(before)})
+            e.set(before, e.get(last))
+            e.set(last, newest)
+        step(w, rows, {1: e.get(last), 2: e.get(before)})
+        step(w, e.plus(rows, 1), {2: e.get(last)})
+    for k in range(27):
+        e.store(e.get(sums[k]), e.at(target, k * LANES))
+
+
+# Phi(x) - 1/2 = x P(u) with u = 2 (x / 5.2)^2 - 1, error 1.4e-7; d/dx gelu(x) - 1/2 = x Q(v) likewise to 5.6, 4e-7.
+PHI = (
+    1.359499930e-01,
+    -6.774366748e-02,
+    5.002452135e-02,
+    -3.992981956e-02,
+    3.198995929e-02,
+    -2.472362960e-02,
+    1.795478687e-02,
+    -1.250512093e-02,
+    8.559967783e-03,
+    -4.789039128e-03,
+    1.800122665e-03,
+    -1.221493550e-03,
+    1.268511027e-03,
+    -4.812771782e-04,
+)
+SLOPE = (
+    1.264166420e-01,
+    -6.428230506e-02,
+    5.180796038e-02,
+    -5.097242499e-02,
+    5.668487833e-02,
+    -6.488230217e-02,
+    7.162958534e-02,
+    -7.375117439e-02,
+    6.661072049e-02,
+    -5.165327563e-02,
+    4.266033533e-02,
+    -3.816175857e-02,
+    2.042312420e-02,
+    -2.595318053e-03,
+    4.184615156e-03,
+    -8.000635962e-03,
+    3.167118523e-03,
+)
+
+
+def _odd(e: Emitter, x: Any, limit: float, coefficients: tuple[float, ...]) -> Any:
+    """Return 1/2 + x times the polynomial in the scaled square of x."""
+    x = e.clamp(x, limit)
+    u = e.fma(e.multiply(x, x), e.constant(2 / limit**2), e.constant(-1.0))
+    return e.fma(x, e.polynomial(u, coefficients), e.constant(0.5))
+
+
+@vector_loop
+def gate(e: Emitter, a: Any, ia: Any, b: Any, ib: Any, out: Any, io: Any, count: Any) -> None:
+    """Write ``gelu(a) * b``."""
+    with e.loop(count, step=LANES) as i:
+        x, y = e.load(e.at(a, e.plus(ia, i))), e.load(e.at(b, e.plus(ib, i)))
+        e.store(e.multiply(e.multiply(x, y), _odd(e, x, 5.2, PHI)), e.at(out, e.plus(io, i)))
+
+
+@vector_loop
+def gate_backward(e: Emitter, a: Any, ia: Any, b: Any, ib: Any, grad: Any, ig: Any, count: Any) -> None:
+    """Replace a, b and the gradient of ``gelu(a) * b`` by the gradients of a, of b, and ``gelu(a) * b``."""
+    with e.loop(count, step=LANES) as i:
+        pa, pb, pg = e.at(a, e.plus(ia, i)), e.at(b, e.plus(ib, i)), e.at(grad, e.plus(ig, i))
+        x, y, g = e.load(pa), e.load(pb), e.load(pg)
+        gelu = e.multiply(x, _odd(e, x, 5.2, PHI))
+        e.store(e.multiply(e.multiply(g, y), _odd(e, x, 5.6, SLOPE)), pa)
+        e.store(e.multiply(g, gelu), pb)
+        e.store(e.multiply(gelu, y), pg)
+
+
+@vector_loop
+def normalize(e: Emitter, x: Any, stride: Any, channels: Any, columns: Any, statistics: Any) -> None:
+    """Divide every column of x by its standard deviation over channels; keep the new means, then the factors."""
+    share = e.reciprocal(channels)
+    with e.loop(columns, step=LANES) as i:
+        column = e.at(x, i)
+        total = e.variable(e.constant(0.0))
+        with e.loop(channels) as c:
+            e.set(total, e.add(e.get(total), e.load(e.at(column, e.times(c, stride)))))
+        mean = e.multiply(e.get(total), share)
+        e.set(total, e.constant(0.0))
+        with e.loop(channels) as c:
+            deviation = e.subtract(e.load(e.at(column, e.times(c, stride))), mean)
+            e.set(total, e.fma(deviation, deviation, e.get(total)))
+        variance = e.fma(e.get(total), share, e.constant(NORM_EPS))
+        factor = e.divide(e.constant(1.0), e.square_root(variance))
+        with e.loop(channels) as c:
+            pointer = e.at(column, e.times(c, stride))
+            e.store(e.multiply(e.load(pointer), factor), pointer)
+        e.store(e.multiply(mean, factor), e.at(statistics, i))
+        e.store(factor, e.at(statistics, e.plus(columns, i)))
+
+
+@vector_loop
+def normalize_backward(e: Emitter, x: Any, grad: Any, stride: Any, channels: Any, columns: Any, statistics: Any) -> None:
+    """Turn the gradient of what :func:`normalize` returned into the gradient of what it was given, in place."""
+    share = e.reciprocal(channels)
+    with e.loop(columns, step=LANES) as i:
+        x_column, grad_column = e.at(x, i), e.at(grad, i)
+        total = e.variable(e.constant(0.0))
+        with e.loop(channels) as c:
+            offset = e.times(c, stride)
+            e.set(total, e.fma(e.load(e.at(x_column, offset)), e.load(e.at(grad_column, offset)), e.get(total)))
+        slope = e.multiply(e.get(total), share)
+        mean, factor = e.load(e.at(statistics, i)), e.load(e.at(statistics, e.plus(columns, i)))
+        with e.loop(channels) as c:
+            offset = e.times(c, stride)
+            deviation = e.subtract(e.load(e.at(x_column, offset)), mean)
+            pointer = e.at(grad_column, offset)
+            e.store(e.multiply(e.subtract(e.load(pointer), e.multiply(deviation, slope)), factor), pointer)
+
+
+@vector_loop
+def transpose(e: Emitter, x: Any, ix: Any, stride: Any, out: Any, io: Any, out_stride: Any) -> None:
+    """Write the transpose of a block of LANES channels and LANES columns."""
+    rows = [e.load(e.at(x, e.plus(ix, e.times(stride, c)))) for c in range(LANES)]
+    width = 1
+    while width < LANES:
+        for c in range(LANES):
+            if not c & width:
+                rows[c], rows[c + width] = e.interleave(rows[c], rows[c + width], width)
+        width *= 2
+    for c in range(LANES):
+        e.store(rows[c], e.at(out, e.plus(io, e.times(out_stride, c))))

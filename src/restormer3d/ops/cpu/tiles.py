@@ -1,0 +1,125 @@
+"""Tiles of a tensor in cache: loading them with their zero borders, storing them, and products of them.
+
+See :mod:`restormer3d.ops.cpu.loops` for the layout of a tile. These functions are called by Numba code only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from restormer3d.ops.cpu.simd import LANES
+from restormer3d.ops.cpu.loops import SUM_COLUMNS, SUM_ROWS, TILE_ROWS, sum_tile, tile1, tile2, tile3, transpose
+
+compiled = numba.njit(fastmath={"contract", "reassoc", "nsz"}, nogil=True, cache=True)
+
+
+@compiled
+def round_up(n: int, step: int) -> int:
+    """Round up to a multiple of ``step``."""
+    return (n + step - 1) // step * step
+
+
+@compiled
+def room(size: int) -> int:
+    """Return the floats set aside for a part of the scratch: vectors may run over its end."""
+    return round_up(size + 2 * LANES, LANES)
+
+
+@compiled
+def part(scratch: Any, sizes: Any, index: int) -> Any:
+    """Return one part of a thread's scratch, laid out by the sizes of its parts."""
+    start = 0
+    for i in range(index):
+        start += room(sizes[i])
+    return scratch[start : start + room(sizes[index])]
+
+
+@compiled
+def load(src: Any, b: int, t: int, h0: int, rows: int, dst: Any, stride: int) -> None:
+    """Copy rows ``h0…h0+rows`` of frame t of every channel into a tile; what lies outside of the tensor is zero."""
+    channels, frames, height, width = src.shape[1:]
+    pitch = width + 1
+    for c in range(channels):
+        base = c * stride
+        for r in range(rows):
+            h = h0 + r
+            start = base + r * pitch
+            dst[start] = 0
+            if 0 <= t < frames and 0 <= h < height:
+                line = src[b, c, t, h]
+                for w in range(width):
+                    dst[start + 1 + w] = line[w]
+            else:
+                for w in range(width):
+                    dst[start + 1 + w] = 0
+        for i in range(base + rows * pitch, base + stride):
+            dst[i] = 0
+
+
+@compiled
+def store(src: Any, i: int, dst: Any, b: int, c: int, t: int, h0: int, rows: int) -> None:
+    """Copy ``rows`` rows of one channel of a tile into frame t of the tensor."""
+    width = dst.shape[4]
+    for r in range(rows):
+        line = dst[b, c, t, h0 + r]
+        start = i + r * (width + 1) + 1
+        for w in range(width):
+            line[w] = src[start + w]
+
+
+@compiled
+def store_sum(src: Any, stride: int, add: Any, dst: Any, b: int, t: int, h0: int, rows: int) -> None:
+    """Write ``add`` plus the tile into frame t of the tensor, every channel."""
+    channels, width = dst.shape[1], dst.shape[4]
+    for c in range(channels):
+        for r in range(rows):
+            line, other = dst[b, c, t, h0 + r], add[b, c, t, h0 + r]
+            start = c * stride + r * (width + 1) + 1
+            for w in range(width):
+                line[w] = other[w] + src[start + w]
+
+
+@compiled
+def clear_borders(tile: Any, channels: int, stride: int, rows: int, width: int) -> None:
+    """Set everything but the first ``rows`` rows of each channel to zero, the column between rows included."""
+    pitch = width + 1
+    for c in range(channels):
+        base = c * stride
+        for r in range(rows):
+            tile[base + r * pitch] = 0
+        for i in range(base + rows * pitch, base + stride):
+            tile[i] = 0
+
+
+@compiled
+def matrix_product(a: Any, b: Any, ib: int, ldb: int, c: Any, ic: int, ldc: int, columns: int) -> None:
+    """Write ``c = a @ b[:, :columns]``; a has a multiple of TILE_ROWS rows, columns is a multiple of LANES."""
+    rows, depth = a.shape
+    flat = a.reshape(-1)
+    for j in range(0, columns, 3 * LANES):
+        left = columns - j
+        for m in range(0, rows, TILE_ROWS):
+            if left > 2 * LANES:
+                tile3(flat, m * depth, depth, b, ib + j, ldb, c, ic + m * ldc + j, ldc, depth)
+            elif left > LANES:
+                tile2(flat, m * depth, depth, b, ib + j, ldb, c, ic + m * ldc + j, ldc, depth)
+            else:
+                tile1(flat, m * depth, depth, b, ib + j, ldb, c, ic + m * ldc + j, ldc, depth)
+
+
+@compiled
+def sum_product(a: Any, ia: int, lda: int, b: Any, c: Any, rows: int, columns: int, depth: int) -> None:
+    """Add ``a @ b`` to c, b (depth, columns); rows are rounded up to SUM_ROWS, columns is a multiple of SUM_COLUMNS."""
+    flat = c.reshape(-1)
+    for j in range(0, columns, SUM_COLUMNS):
+        for m in range(0, rows, SUM_ROWS):
+            sum_tile(a, ia + m * lda, lda, b, j, columns, flat, m * columns + j, columns, depth)
+
+
+@compiled
+def transpose_tile(tile: Any, i: int, stride: int, channels: int, columns: int, out: Any, out_stride: int) -> None:
+    """Write ``out[column, channel]``; channels are rounded up to LANES, columns is a multiple of LANES."""
+    for c in range(0, channels, LANES):
+        for j in range(0, columns, LANES):
+            transpose(tile, i + c * stride + j, stride, out, j * out_stride + c, out_stride)

@@ -1,0 +1,306 @@
+"""What one denoising will do and cost: settings from a recipe and the user's wishes, and a plan that ends in time.
+
+Times come from a short calibration with the real model, patches and device, never from a table.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from pydantic import ValidationError
+
+from restormer3d.checkpoint import load_weights, shipped_weights
+from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingConfig, recipe
+from restormer3d.inference import count_windows
+from restormer3d.model import Restormer3D
+from restormer3d.patches import TrainingStack
+from restormer3d.training import fit
+
+Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
+
+# Overlaps in time and in the plane, from the recipe's down to none: what --time-limit may choose from.
+_OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
+_SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe as the user changed it.
+
+    Attributes
+    ----------
+    recipe : {"default", "published"}
+        What the rest started from.
+    model : ModelConfig
+        Of the weights file if there is one.
+    training : TrainingConfig
+        Of every stack.
+    inference : InferenceConfig
+        Of every stack.
+    weights : Path or None
+        Where training starts; None trains from scratch.
+    """
+
+    recipe: Recipe
+    model: ModelConfig
+    training: TrainingConfig
+    inference: InferenceConfig
+    weights: Path | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Seconds of one training iteration and of one inference window on this machine."""
+
+    seconds_per_iteration: float
+    seconds_per_window: float
+
+
+def settings(
+    recipe_name: Recipe = "default",
+    weights: str | Path | None = None,
+    *,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    patch: tuple[int, int, int] | None = None,
+    overlap: float | None = None,
+    seed: int | None = None,
+    blind_spot: str | None = None,
+    config_file: str | Path | None = None,
+) -> Settings:
+    """Settings of a denoising: the recipe, then the configuration file, then single arguments.
+
+    Parameters
+    ----------
+    recipe_name : {"default", "published"}
+        What everything that is not given comes from.
+    weights : path or "none", optional
+        Where training starts. By default the pretrained weights in the package, if they suit the recipe.
+    iterations, batch_size, patch, overlap, seed : optional
+        Replace the recipe's.
+    blind_spot : str, optional
+        "auto", "point", or axes and odd widths, such as "x3" or "x3y3" or "t3x5".
+    config_file : path, optional
+        TOML with tables [model], [training], [inference].
+
+    Raises
+    ------
+    ValueError
+        If a setting is unknown or out of range; the message names it.
+    """
+    file = _read_toml(config_file)
+    source = _weights_file(recipe_name, weights)
+    model, training, inference = recipe(recipe_name, pretrained=source is not None)
+    if source is not None:
+        model = load_weights(source).config
+        if "model" in file and (asked := _changed(model, file["model"])) != model:
+            raise ValueError(f"{config_file}: [model] asks for {asked}, but {source} holds {model}")
+    training = _changed(
+        training,
+        file.get("training", {})
+        | _given(
+            iterations=iterations,
+            batch_size=batch_size,
+            patch=patch,
+            seed=seed,
+            blind_spot=None if blind_spot is None else parse_blind_spot(blind_spot),
+        ),
+    )
+    windows = file.get("inference", {}) | _given(window=patch, overlap_t=overlap, overlap_xy=overlap)
+    if source is None:
+        model = _changed(model, file.get("model", {}))
+        if training.iterations == 0:
+            raise ValueError("no weights and no iterations would leave the network untrained: give one of the two")
+    return Settings(recipe_name, model, training, _changed(inference, windows), source)
+
+
+def parse_blind_spot(text: str) -> str | tuple[int, int, int]:
+    """Half-extent in (frames, rows, columns) from "point", "x3", "x3y3"...; "auto" stays as it is.
+
+    >>> parse_blind_spot("x5t3")
+    (1, 0, 2)
+    """
+    if text == "auto":
+        return text
+    reach = {"t": 0, "y": 0, "x": 0}
+    parts = [] if text == "point" else [text[i : i + 2] for i in range(0, len(text), 2)]
+    for part in parts:
+        if len(part) != 2 or part[0] not in reach or part[1] not in "3579":
+            raise ValueError(
+                f"blind spot {text!r}: expected auto, point, or axes and odd widths such as x3, x3y3 or t3x5"
+            )
+        reach[part[0]] = int(part[1]) // 2
+    return (reach["t"], reach["y"], reach["x"])
+
+
+def torch_device(name: str) -> torch.device:
+    """The device to compute on; "auto" takes a GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or the device is not on this machine.
+    """
+    # fp32 means fp32: without these, recent GPUs multiply in TF32 (10 bits of mantissa).
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
+    if name.split(":")[0] not in present:
+        raise ValueError(f"device {name!r} is unknown: expected auto, cpu, cuda or mps")
+    if not present[name.split(":")[0]]:
+        raise ValueError(f"device {name!r} is not available on this machine: use --device auto or --device cpu")
+    return torch.device(name)
+
+
+def training_plan(chosen: Settings) -> str:
+    """Say what training will be done, in words."""
+    total = chosen.training.warmup_iterations + chosen.training.iterations
+    start = "from scratch" if chosen.weights is None else f"from {chosen.weights.name}"
+    return f"{total} iterations {start}, then inference"
+
+
+def build_model(chosen: Settings) -> Restormer3D:
+    """Load the weights, or make a network with initial weights drawn from the seed."""
+    if chosen.weights is not None:
+        return load_weights(chosen.weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(chosen.training.seed)
+        return Restormer3D(chosen.model)
+
+
+def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, device: torch.device) -> Calibration:
+    """Time a training iteration and an inference pass of the real sizes, on a copy of the model.
+
+    Each runs once to compile and allocate, and once for the clock.
+    """
+    trial = copy.deepcopy(model)
+    marks: list[float] = []
+    if chosen.training.iterations:
+        two = chosen.training.model_copy(update={"iterations": 2, "warmup_iterations": 0})
+        fit(trial, [source], two, device=device, progress=lambda *_: marks.append(time.monotonic()))
+    window = [min(pair) for pair in zip(chosen.inference.window, source.stack.shape, strict=True)]
+    per_window = _seconds_per_window(trial.to(device), window, chosen.inference.batch_size, device)
+    return Calibration(marks[1] - marks[0] if marks else 0.0, per_window)
+
+
+@torch.inference_mode()
+def _seconds_per_window(model: Restormer3D, window: list[int], batch_size: int, device: torch.device) -> float:
+    noisy = torch.rand(batch_size, 1, *window, device=device)
+    background = noisy.mean(2, keepdim=True)
+    started = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        model(noisy, background).sum().item()  # .item() waits for the device
+    return (time.monotonic() - started) / batch_size
+
+
+def fit_to_time(
+    chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, seconds: float
+) -> tuple[Settings, str]:
+    """Reduce overlap and iterations, never below what the time forces, so that a stack ends within `seconds`.
+
+    Overlap is given up first where inference would take more than half of the time, then iterations.
+
+    Returns
+    -------
+    Settings
+        The same, or with less overlap and fewer iterations.
+    str
+        What was chosen, for the user; empty if the whole recipe fits.
+    """
+    budget = seconds * _SAFETY
+    inference, inference_time = chosen.inference, 0.0
+    total = chosen.training.warmup_iterations + chosen.training.iterations
+    training_time = total * calibration.seconds_per_iteration
+    for overlap_t, overlap_xy in _OVERLAPS:
+        update = {
+            "overlap_t": min(overlap_t, chosen.inference.overlap_t),
+            "overlap_xy": min(overlap_xy, chosen.inference.overlap_xy),
+        }
+        inference = chosen.inference.model_copy(update=update)
+        inference_time = count_windows(shape, inference) * calibration.seconds_per_window
+        if inference_time <= max(budget / 2, budget - training_time):
+            break
+    affordable = max(0, int((budget - inference_time) / max(calibration.seconds_per_iteration, 1e-9)))
+    if inference == chosen.inference and affordable >= total:
+        return chosen, ""
+    training = _shorten(chosen.training, affordable)
+    note = (
+        f"to end within {seconds / 60:.1f} min: {training.warmup_iterations + training.iterations} of {total} "
+        f"iterations, overlap {inference.overlap_t:g} in time and {inference.overlap_xy:g} in the plane"
+    )
+    if inference_time > budget:
+        note += "; even so the time will not suffice on this machine"
+    return _replaced(chosen, training, inference), note
+
+
+def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:
+    total = training.warmup_iterations + training.iterations
+    if affordable >= total:
+        return training
+    warmup = training.warmup_iterations * affordable // total
+    return training.model_copy(update={"warmup_iterations": warmup, "iterations": affordable - warmup})
+
+
+def _replaced(chosen: Settings, training: TrainingConfig, inference: InferenceConfig) -> Settings:
+    return Settings(chosen.recipe, chosen.model, training, inference, chosen.weights)
+
+
+def estimate(
+    chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, device: torch.device
+) -> tuple[float, float]:
+    """Seconds and bytes that a denoising will take beside what Python and its libraries hold already."""
+    iterations = chosen.training.warmup_iterations + chosen.training.iterations
+    seconds = iterations * calibration.seconds_per_iteration
+    seconds += count_windows(shape, chosen.inference) * calibration.seconds_per_window
+    frames = 4 * shape[1] * shape[2]
+    buffers = 3 * chosen.inference.window[0] * frames
+    if device.type == "cpu":  # the calibration has just run with everything allocated
+        return seconds, psutil.Process().memory_info().rss + buffers
+    return seconds, torch.cuda.max_memory_allocated(device) + buffers if device.type == "cuda" else buffers
+
+
+def _read_toml(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        with Path(path).open("rb") as file:
+            tables = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: expected a readable TOML file: {error}") from error
+    unknown = set(tables) - {"model", "training", "inference"}
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown {', '.join(sorted(unknown))}; expected the tables [model], [training] and [inference]"
+        )
+    return tables
+
+
+def _weights_file(recipe_name: Recipe, weights: str | Path | None) -> Path | None:
+    if weights is None:
+        # The shipped weights mix filters; the published form has to be trained from scratch.
+        return shipped_weights() if recipe_name == "default" else None
+    return None if str(weights) == "none" else Path(weights)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    """Validate a configuration anew with some values replaced."""
+    try:
+        return type(config).model_validate(config.model_dump() | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or type(config).__name__
+        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}") from error

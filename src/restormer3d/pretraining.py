@@ -1,0 +1,177 @@
+"""Pretraining on many noisy stacks, recorded and simulated, with validation on simulated scenes of known truth.
+
+Never a clean target: simulated scenes are seen through their noise alone, as recordings are. Their truth only measures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from restormer3d.checkpoint import CheckpointError, save_weights
+from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
+from restormer3d.inference import denoise_frames
+from restormer3d.metrics import evaluate_stacks
+from restormer3d.model import Restormer3D
+from restormer3d.noise import blind_spot_extent, estimate_noise
+from restormer3d.patches import TrainingStack, training_stack
+from restormer3d.simulation import NoisyScene, noise_parameters, random_scene_parameters, simulate_scene
+from restormer3d.stacks import open_stack
+from restormer3d.training import Progress, fit
+
+_ITERATIONS_PER_SCENE = 4  # a new simulated scene replaces the oldest in the pool after so many iterations
+_POOL = 6  # simulated scenes that batches are drawn from at one time
+_VALIDATION_SHAPE = (96, 64, 64)
+_VALIDATION_SEED = 9_000_000  # far from the seeds of training scenes and of the quality table
+
+
+def pretrain(
+    stacks: Sequence[Path],
+    run_folder: Path,
+    training: TrainingConfig,
+    model_config: ModelConfig,
+    *,
+    simulate: int = 0,
+    scene_shape: tuple[int, int, int] = (256, 96, 96),
+    weights: Restormer3D | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    save_every: int = 500,
+    progress: Progress | None = None,
+) -> Path:
+    """Train a network on many noisy stacks; a killed run goes on with `resume` to the same weights.
+
+    Parameters
+    ----------
+    stacks : sequence of Path
+        TIFF files, or folders whose TIFF files are taken.
+    run_folder : Path
+        Receives `weights.safetensors`, `history.jsonl`, and `state.pt` to resume from.
+    training : TrainingConfig
+        Iterations, patches, optimiser.
+    model_config : ModelConfig
+        Of the network.
+    simulate : int
+        Number of different simulated scenes to train on as well; they are made when needed and never stored.
+    scene_shape : tuple of int
+        Frames, rows and columns of the simulated scenes.
+    weights : Restormer3D, optional
+        A model to go on from; by default a new one, with initial weights drawn from the seed.
+    device : str or torch.device
+        Where to compute.
+    resume : bool
+        Go on with the run in `run_folder`.
+    save_every : int
+        Iterations between two savings, each with a validation.
+    progress : function, optional
+        Called with ("train", iterations done, iterations in all).
+
+    Returns
+    -------
+    Path
+        The weights file.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to train on.
+    CheckpointError
+        If `run_folder` holds a run and `resume` is not set, or one with other settings.
+    """
+    files = stack_files(stacks)
+    if not files and simulate < 1:
+        raise ValueError("nothing to train on: name noisy stacks, or give --simulate N")
+    state = run_folder / "state.pt"
+    if state.exists() and not resume:
+        raise CheckpointError(f"{run_folder}: holds a run already; go on with --resume, or choose another folder")
+    run_folder.mkdir(parents=True, exist_ok=True)
+    recorded = [_recorded(path, training) for path in files]
+    path = run_folder / "weights.safetensors"
+    notes = {
+        "stacks": [file.name for file in files],
+        "simulated_scenes": simulate,
+        "scene_shape": scene_shape,
+        "training": training.model_dump(),
+    }
+
+    def keep(history: list[dict[str, Any]], model: Restormer3D) -> None:
+        history[-1]["validation"] = validate(model, training.patch, device)
+        save_weights(path, model, notes | {"last": history[-1]})
+        (run_folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+
+    torch.manual_seed(training.seed)
+    model = weights or Restormer3D(model_config)
+    fit(
+        model,
+        lambda iteration: [*recorded, *_simulated_pool(iteration, training.seed, simulate, scene_shape)],
+        training,
+        device=device,
+        progress=progress,
+        state_file=state,
+        save_every=save_every,
+        on_save=keep,
+    )
+    return path
+
+
+def stack_files(stacks: Sequence[Path]) -> list[Path]:
+    """TIFF files among the given paths, those inside folders included, in order of their names."""
+    found: list[Path] = []
+    for path in stacks:
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in {".tif", ".tiff"}) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path}: a folder without TIFF files")
+        found += inside
+    return found
+
+
+def validate(model: Restormer3D, window: tuple[int, int, int], device: str | torch.device) -> dict[str, float]:
+    """Stacked stSNR (dB) without fine-tuning on one simulated scene at each of the three noise levels."""
+    was_training = model.training
+    config = InferenceConfig(window=window, overlap_xy=0.25)
+    scores = {}
+    for level in (1, 2, 3):
+        scene = _validation_scene()
+        gain, read_noise = noise_parameters(level)
+        noisy = NoisyScene(scene, gain, read_noise, seed=_VALIDATION_SEED + level)[:]
+        source = training_stack(noisy)
+        frames = denoise_frames(model, noisy, source.normalization, source.mean, config, device=device)
+        scores[f"stsnr_level{level}"] = evaluate_stacks(scene[:], np.stack(list(frames)))["stsnr"]
+    model.train(was_training)
+    return scores
+
+
+@lru_cache(maxsize=1)
+def _validation_scene() -> Any:
+    return simulate_scene(_VALIDATION_SHAPE, seed=_VALIDATION_SEED)
+
+
+def _recorded(path: Path, training: TrainingConfig) -> TrainingStack:
+    stack = open_stack(path)
+    extent = training.blind_spot
+    return training_stack(stack, blind_spot_extent(estimate_noise(stack)) if extent == "auto" else extent)
+
+
+def _simulated_pool(iteration: int, seed: int, count: int, shape: tuple[int, int, int]) -> list[TrainingStack]:
+    """The scenes that an iteration draws from: the newest few of an endless row, which repeats after `count`."""
+    newest = iteration // _ITERATIONS_PER_SCENE
+    return [_simulated(seed, number % count, shape) for number in range(newest, newest + min(_POOL, count))]
+
+
+@lru_cache(maxsize=2 * _POOL)
+def _simulated(seed: int, number: int, shape: tuple[int, int, int]) -> TrainingStack:
+    """Simulate a noisy recording; half of them at the brightness of the default scene and any gain."""
+    rng = np.random.default_rng([seed, 1, number])
+    parameters = random_scene_parameters(rng)
+    scene = simulate_scene(shape, seed=int(rng.integers(2**31)), **parameters["scene"])
+    detector = parameters["detector"]
+    noisy = NoisyScene(scene, seed=int(rng.integers(2**31)), **detector)[:]
+    correlation_x, correlation_y = detector["correlation"]
+    # The correlation is known here: measuring it again would only cost time.
+    return training_stack(noisy, (0, int(correlation_y > 0.05), int(correlation_x > 0.05)))

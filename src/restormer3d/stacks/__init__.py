@@ -1,0 +1,18 @@
+"""Stacks on disk: TIFF recordings of every dialect, read lazily and written back as drop-in replacements."""
+
+from restormer3d.stacks.chain import StackError
+from restormer3d.stacks.check import StackCheck, check_stack
+from restormer3d.stacks.read import TiffStack, open_stack
+from restormer3d.stacks.write import WriteSummary, check_output, to_dtype, write_stack
+
+__all__ = [
+    "StackCheck",
+    "StackError",
+    "TiffStack",
+    "WriteSummary",
+    "check_output",
+    "check_stack",
+    "open_stack",
+    "to_dtype",
+    "write_stack",
+]

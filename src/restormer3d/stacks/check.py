@@ -1,0 +1,82 @@
+"""One pass over every voxel of a stack before work starts on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from restormer3d.stacks.chain import StackError
+
+CHECK_BYTES = 2**25  # read at once
+
+
+@dataclass(frozen=True)
+class StackCheck:
+    """What one pass over every voxel found.
+
+    Attributes
+    ----------
+    minimum, maximum : float or int
+    sha256 : str
+        Hash of the voxels in C order, little-endian, without any header.
+    """
+
+    minimum: float
+    maximum: float
+    sha256: str
+
+
+def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> StackCheck:
+    """Read every frame once, in fixed memory, and prove that all can be decoded and denoised.
+
+    Parameters
+    ----------
+    stack : TiffStack or ndarray of shape (T, H, W)
+    progress : callable, optional
+        Called with the number of frames read since the last call.
+
+    Raises
+    ------
+    StackError
+        A frame that can't be decoded, a voxel that is not finite, or the same value everywhere.
+    """
+    name = getattr(stack, "path", "the array")
+    little = np.dtype(stack.dtype).newbyteorder("<")
+    if 0 in stack.shape:
+        raise StackError(f"{name}: the stack is empty: its shape is {tuple(stack.shape)}.")
+    digest = hashlib.sha256()
+    lows, highs, bad, first_bad = [], [], 0, -1
+    for start, frames in _blocks(stack):
+        digest.update(np.ascontiguousarray(frames, little).data)
+        lows.append(frames.min())
+        highs.append(frames.max())
+        wrong = ~np.isfinite(frames) if frames.dtype.kind == "f" else np.zeros(0)
+        if wrong.any():
+            bad += int(wrong.sum())
+            first_bad = start + int(wrong.any(axis=(1, 2)).argmax()) if first_bad < 0 else first_bad
+        if progress is not None:
+            progress(len(frames))
+    if bad:
+        raise StackError(
+            f"{name}: expected finite values, found {bad} voxels of NaN or infinity, the first in frame {first_bad}. "
+            "Leave those frames out, or replace the values, for example with np.nan_to_num, and save the stack again."
+        )
+    minimum, maximum = min(lows).item(), max(highs).item()
+    if minimum == maximum:
+        raise StackError(
+            f"{name}: every voxel is {minimum}: nothing to denoise. Check that the right channel was saved."
+        )
+    return StackCheck(minimum, maximum, digest.hexdigest())
+
+
+def _blocks(stack: Any) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield (first frame, frames) over a whole stack, some megabytes at a time."""
+    length, height, width = stack.shape
+    step = max(1, CHECK_BYTES // max(1, height * width * np.dtype(stack.dtype).itemsize))
+    for start in range(0, length, step):
+        yield start, stack[start : start + step]

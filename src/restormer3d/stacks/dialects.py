@@ -1,0 +1,162 @@
+"""What acquisition software writes into a TIFF's headers about channels, planes and time points.
+
+tifffile reads most of it; here are the cases where its answer would mix channels or reach for other files:
+OME sets spread over several files (Bruker, Micro-Manager), ScanImage, and ImageJ headers that do not fit the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+
+SCANIMAGE_CHANNELS = re.compile(r"\bchannels?Save\s*=\s*([^\r\n]*)")
+SCANIMAGE_CHANNEL_COUNT = re.compile(r"\bnumberOfChannelsSave\s*=\s*(\d+)")
+SCANIMAGE_PLANES = re.compile(r"(?:hStackManager\.numSlices|stackNumSlices|numberOfZSlices)\s*=\s*(\d+)")
+SCANIMAGE_STACK_OFF = re.compile(r"(?:hStackManager\.enable|hFastZ\.enable|fastZEnable)\s*=\s*(?:false|0)")
+SCANIMAGE_STACK_ON = re.compile(r"(?:hStackManager\.enable|hFastZ\.enable|fastZEnable)\s*=\s*(?:true|1)")
+
+
+def names_other_files(xml: str) -> bool:
+    """Say whether an OME header places planes in files by name, or lies in a companion file."""
+    return "FileName=" in xml or "BinaryOnly" in xml
+
+
+def header_sizes(tif: tifffile.TiffFile, file_name: str) -> dict[str, int]:
+    """Return how many positions R, time points T, planes Z and channels C the header gives to this file.
+
+    Empty where no header says anything; R only where there are several.
+    """
+    page = tif.pages.first
+    if "<OME" in page.description[:2000] and names_other_files(page.description):
+        return _ome_sizes(page.description, file_name)
+    if page.is_imagej:
+        header = tif.imagej_metadata or {}
+        names = {"T": "frames", "Z": "slices", "C": "channels"}
+        return {axis: max(int(header.get(name, 1)), 1) for axis, name in names.items()}
+    if page.is_scanimage:
+        return _scanimage_sizes(f"{page.software}\n{page.description}")
+    return {}
+
+
+def _scanimage_sizes(text: str) -> dict[str, int]:
+    """Read the numbers of channels and planes from ScanImage's settings, versions 3 to 2023."""
+    channels = planes = 1
+    if found := SCANIMAGE_CHANNELS.search(text):
+        channels = max(len(re.findall(r"\d+", found[1])), 1)
+    elif found := SCANIMAGE_CHANNEL_COUNT.search(text):
+        channels = max(int(found[1]), 1)
+    stacking = SCANIMAGE_STACK_ON.search(text) or not SCANIMAGE_STACK_OFF.search(text)
+    if stacking and (found := SCANIMAGE_PLANES.search(text)):
+        planes = max(int(found[1]), 1)
+    return {"Z": planes, "C": channels}
+
+
+def _ome_sizes(xml: str, file_name: str) -> dict[str, int]:
+    """Count the positions, time points, planes and channels that one file of an OME set holds."""
+    own = _ome_planes(xml, file_name)
+    sizes = {axis: len({plane[i] for plane in own}) for i, axis in enumerate("RTZC")} if own else {}
+    return {axis: size for axis, size in sizes.items() if axis != "R" or size > 1}
+
+
+def _ome_planes(xml: str, file_name: str) -> set[tuple[int, int, int, int]]:
+    """Return the (image, time, plane, channel) of every page in this file of an OME set; empty if it can't be told.
+
+    A file that was renamed is not in the list; if all files of the set hold one channel and one plane each,
+    any of them can stand for it, otherwise the planes of the whole set are returned.
+    """
+    by_file: dict[str, set[tuple[int, int, int, int]]] = defaultdict(set)
+    try:
+        root = ElementTree.fromstring(xml)
+        for image, pixels in enumerate(root.iter(_qualified(root, "Pixels"))):
+            for data in pixels.iter(_qualified(root, "TiffData")):
+                uuid = data.find(_qualified(root, "UUID"))
+                name = file_name if uuid is None else uuid.get("FileName", file_name)
+                by_file[name] |= {(image, *place) for place in _tiff_data_places(pixels, data)}
+    except (ElementTree.ParseError, ValueError, KeyError):  # some software crops a file and keeps its header
+        return set()
+    if file_name in by_file:
+        return by_file[file_name]
+    alike = all(len({p[2:] for p in planes}) == 1 for planes in by_file.values())
+    return next(iter(by_file.values()), set()) if alike else set().union(*by_file.values())
+
+
+def _tiff_data_places(pixels: ElementTree.Element, data: ElementTree.Element) -> list[tuple[int, int, int]]:
+    """Return the (time, plane, channel) of the consecutive pages that one TiffData element describes."""
+    order = pixels.get("DimensionOrder", "XYCZT")[2:]
+    sizes = [int(pixels.get(f"Size{axis}", 1)) for axis in order]
+    first = np.ravel_multi_index([int(data.get(f"First{axis}", 0)) for axis in order], sizes, order="F")
+    planes = np.arange(first, min(first + int(data.get("PlaneCount", 1)), np.prod(sizes)))
+    places = dict(zip(order, np.unravel_index(planes, sizes, order="F"), strict=True))
+    return list(zip(*(places[axis].tolist() for axis in "TZC"), strict=True))
+
+
+def single_file_ome(xml: str, file_name: str, frames: int) -> str:
+    """Return an OME header for a file that holds all its `frames` pages itself, in order, in one channel.
+
+    Names of other files, other positions and other channels are taken out; everything else (physical sizes,
+    time increment, instrument, annotations) is kept.
+
+    Parameters
+    ----------
+    xml : str
+        The header of the file the frames came from.
+    file_name : str
+        Its name, to find its own channel in a set of files.
+    frames : int
+        Number of pages.
+
+    Returns
+    -------
+    str
+        OME-XML; empty where the header only points to a companion file.
+    """
+    root = ElementTree.fromstring(xml)
+    namespace = root.tag.removesuffix("OME").strip("{}")
+    if namespace:
+        ElementTree.register_namespace("", namespace)
+    root.attrib.pop("UUID", None)
+    image_number, _, plane, channel = min(_ome_planes(xml, file_name), default=(0, 0, 0, 0))
+    images = root.findall(_qualified(root, "Image"))
+    for image in images[:image_number] + images[image_number + 1 :]:
+        root.remove(image)
+    pixels = root.find(f".//{_qualified(root, 'Pixels')}")
+    if pixels is None:  # all is in a companion file that knows nothing of this one
+        return ""
+    time_axis = "Z" if pixels.get("SizeT") == "1" and pixels.get("SizeZ") == str(frames) else "T"
+    for axis in "TZC":
+        pixels.set(f"Size{axis}", str(frames) if axis == time_axis else "1")
+    channels = pixels.findall(_qualified(root, "Channel"))
+    for other in channels[:channel] + channels[channel + 1 :]:
+        pixels.remove(other)
+    own = {"TheC": channel} if time_axis == "Z" else {"TheC": channel, "TheZ": plane}
+    _keep_planes(root, pixels, own)
+    place = _replace_tiff_data(root, pixels)
+    place.attrib.update({"IFD": "0", "PlaneCount": str(frames)})
+    return '<?xml version="1.0" encoding="UTF-8"?>' + ElementTree.tostring(root, encoding="unicode")
+
+
+def _keep_planes(root: ElementTree.Element, pixels: ElementTree.Element, own: dict[str, int]) -> None:
+    """Remove the plane records of other channels and planes, and number the kept ones from zero."""
+    for plane in pixels.findall(_qualified(root, "Plane")):
+        if any(plane.get(key, "0") != str(value) for key, value in own.items()):
+            pixels.remove(plane)
+        plane.attrib.update(dict.fromkeys(own, "0"))
+
+
+def _replace_tiff_data(root: ElementTree.Element, pixels: ElementTree.Element) -> ElementTree.Element:
+    """Remove all TiffData elements and return a new one at the place the schema wants it: before Plane."""
+    for data in pixels.findall(_qualified(root, "TiffData")):
+        pixels.remove(data)
+    before = [_qualified(root, name) for name in ("Channel", "BinData", "MetadataOnly")]
+    new = ElementTree.Element(_qualified(root, "TiffData"))
+    pixels.insert(sum(child.tag in before for child in pixels), new)
+    return new
+
+
+def _qualified(root: ElementTree.Element, name: str) -> str:
+    """Return an element name in the namespace of the document."""
+    return root.tag.removesuffix("OME") + name

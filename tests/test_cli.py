@@ -1,0 +1,140 @@
+"""The command line as a user meets it: exit status, messages, help without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+
+from restormer3d.cli import app
+
+QUICK = """
+[model]
+dim = 8
+num_blocks = [1, 1, 1, 1]
+num_refinement_blocks = 1
+heads = [1, 1, 2, 2]
+last_level_channels = 8
+
+[training]
+iterations = 3
+warmup_iterations = 1
+"""
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Options that make the network and its training tiny."""
+    path = tmp_path / "quick.toml"
+    path.write_text(QUICK)
+    return ["--weights", "none", "--config", str(path), "--patch", "16", "16", "16", "--device", "cpu"]
+
+
+def run(*arguments) -> int:
+    """The command's exit status; cyclopts hands it back instead of leaving."""
+    return app([str(a) for a in arguments], exit_on_error=False, result_action="return_value")
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; sys.argv=['restormer3d','denoise','--help']\nfrom restormer3d.cli import main\n"
+    code += "try: main()\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--time-limit" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["denoise"], "requires"),
+        (["denoise", "a.tif"], "output"),
+        (["denoise", "a.tif", "-o", "x", "--recipe", "best"], "recipe"),
+        (["denoise", "a.tif", "-o", "x", "--device", "tpu"], "tpu"),
+        (["denoise", "a.tif", "-o", "x", "--overlap", "1.5"], "overlap"),
+        (["denoise", "a.tif", "-o", "x", "--patch", "4", "64", "64"], "patch"),
+        (["denoise", "a.tif", "-o", "x", "--weights", "absent.safetensors"], "absent.safetensors"),
+        (["denoise", "a.tif", "-o", "x", "--time-limit", "0"], "time-limit"),
+        (["denoise", "a.tif", "-o", "x", "--blind-spot", "z3"], "z3"),
+        (["denoise", "a/x.tif", "b/x.tif", "-o", "x"], "same file name"),
+        (["denoise", "a.tif", "b.tif", "-o", "x.tif"], "one file"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_a_reason(arguments, reason):
+    code = "from restormer3d.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_denoise_writes_a_drop_in_and_a_sidecar(noisy_file, noisy_stack, quick, tmp_path):
+    output = tmp_path / "out" / "denoised.tif"
+    assert run("denoise", noisy_file, "-o", output, *quick) == 0
+    denoised = tifffile.imread(output)
+    assert (denoised.shape, denoised.dtype) == (noisy_stack.shape, noisy_stack.dtype)
+    sidecar = json.loads(output.with_name("denoised.tif.json").read_text())
+    assert sidecar["input"]["shape"] == list(noisy_stack.shape)
+    assert len(sidecar["losses"]) == 4
+    assert sidecar["settings"]["training"]["patch"] == [16, 16, 16]
+    assert sidecar["seed"] == 0
+    assert sidecar["weights"] is None
+    assert {"torch", "numpy", "restormer3d"} <= set(sidecar["versions"])
+    assert sorted(p.name for p in output.parent.iterdir()) == ["denoised.tif", "denoised.tif.json"]
+
+
+def test_the_same_seed_gives_the_same_file(noisy_file, quick, tmp_path):
+    for name in ("a.tif", "b.tif"):
+        assert run("denoise", noisy_file, "-o", tmp_path / name, "--seed", 5, *quick) == 0
+    assert np.array_equal(tifffile.imread(tmp_path / "a.tif"), tifffile.imread(tmp_path / "b.tif"))
+
+
+def test_one_bad_stack_does_not_stop_the_others(noisy_file, quick, tmp_path, capsys):
+    bad = tmp_path / "bad.tif"
+    bad.write_text("no TIFF")
+    assert run("denoise", bad, noisy_file, "-o", tmp_path / "out", *quick) == 1
+    assert (tmp_path / "out" / noisy_file.name).exists()
+    assert "bad.tif" in capsys.readouterr().err
+
+
+def test_an_existing_output_is_kept_unless_told(noisy_file, quick, tmp_path, capsys):
+    output = tmp_path / "kept.tif"
+    output.write_bytes(b"precious")
+    assert run("denoise", noisy_file, "-o", output, *quick) == 1
+    assert output.read_bytes() == b"precious"
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("denoise", noisy_file, "-o", output, "--overwrite", *quick) == 0
+    assert tifffile.imread(output).ndim == 3
+
+
+def test_weights_are_saved_and_start_the_next_stack(noisy_file, quick, tmp_path):
+    weights = tmp_path / "mouse.safetensors"
+    assert run("denoise", noisy_file, "-o", tmp_path / "a.tif", "--save-weights", weights, *quick) == 0
+    again = ["--patch", 16, 16, 16, "--iterations", 0, "--device", "cpu"]
+    assert run("denoise", noisy_file, "-o", tmp_path / "b.tif", "--weights", weights, *again) == 0
+    assert np.array_equal(tifffile.imread(tmp_path / "a.tif"), tifffile.imread(tmp_path / "b.tif"))
+
+
+@pytest.mark.parametrize("method", ["gaussian", "temporal-mean", "svd"])
+def test_the_filters_write_files_too(noisy_file, noisy_stack, clean_stack, tmp_path, method):
+    output = tmp_path / f"{method}.tif"
+    assert run("denoise", noisy_file, "-o", output, "--method", method) == 0
+    denoised = tifffile.imread(output).astype(float)
+    assert denoised.shape == noisy_stack.shape
+    assert ((denoised - clean_stack) ** 2).mean() < ((noisy_stack - clean_stack) ** 2).mean()
+
+
+def test_inspect_says_what_the_stack_is(noisy_file, capsys):
+    assert run("inspect", noisy_file) == 0
+    text = capsys.readouterr().out
+    for word in ("40 frames", "int16", "TYX", "gain", "read noise", "iterations"):
+        assert word in text
+
+
+def test_inspect_of_a_bad_file_exits_with_1(tmp_path, capsys):
+    path = tmp_path / "photo.tif"
+    tifffile.imwrite(path, np.zeros((9, 9), np.uint8))
+    assert run("inspect", path) == 1
+    assert "photo.tif" in capsys.readouterr().err

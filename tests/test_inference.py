@@ -1,0 +1,130 @@
+"""Denoised frames stream out complete, seamless, and as a dense blend would give them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from restormer3d.config import InferenceConfig
+from restormer3d.inference import count_windows, denoise_frames
+from restormer3d.normalization import Normalization
+from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
+
+UNIT = Normalization(0.0, 1.0)
+
+
+class Identity(torch.nn.Module):
+    def forward(self, x, background=None):
+        return x
+
+
+class Wobble(torch.nn.Module):
+    """Differs from window to window and inside each: what blending has to hide."""
+
+    def forward(self, x, background=None):
+        ramp = torch.linspace(-1, 1, x.shape[2]).view(1, 1, -1, 1, 1)
+        return x + ramp * x.mean((2, 3, 4), keepdim=True) + 0.1 * x.std((2, 3, 4), keepdim=True)
+
+
+def run(model, stack, config, normalization=UNIT):
+    background = np.zeros(stack.shape[1:], np.float32)
+    return np.stack(list(denoise_frames(model, stack, normalization, background, config)))
+
+
+@pytest.mark.parametrize("shape", [(50, 40, 33), (1, 8, 8), (3, 5, 9), (7, 64, 20), (33, 16, 16)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
+def test_the_identity_returns_its_input_exactly(shape, overlap):
+    stack = np.random.default_rng(0).integers(-3000, 30000, shape).astype(np.int16)
+    config = InferenceConfig(window=(16, 16, 16), overlap_t=overlap, overlap_xy=overlap, batch_size=3)
+    frames = run(Identity(), stack, config, Normalization(-100.0, 2000.0))
+    np.testing.assert_array_equal(np.rint(frames), stack)
+
+
+def dense_blend(model, stack, config):
+    """The same windows, added up in arrays of the whole stack's size."""
+    depth, *window = (min(a, b) for a, b in zip(config.window, stack.shape, strict=True))
+    total = np.zeros(stack.shape)
+    weights = np.zeros(stack.shape)
+    weight = hann_weights(depth)[:, None, None] * np.outer(*(gaussian_weights(size) for size in window))
+    for t in temporal_starts(len(stack), depth, config.overlap_t):
+        inside = (np.arange(t, t + depth) >= 0) & (np.arange(t, t + depth) < len(stack))
+        for y in window_starts(stack.shape[1], window[0], config.overlap_xy):
+            for x in window_starts(stack.shape[2], window[1], config.overlap_xy):
+                crop = np.s_[y : y + window[0], x : x + window[1]]
+                noisy = stack[mirror_indices(t, t + depth, len(stack))][:, *crop]
+                frames = model(torch.from_numpy(noisy)[None, None])[0, 0].numpy()
+                place = np.s_[max(0, t) : min(len(stack), t + depth), *crop]
+                total[place] += (frames * weight)[inside]
+                weights[place] += weight[inside]
+    return total / weights
+
+
+@pytest.mark.parametrize("overlap", [0.25, 0.5])
+def test_streaming_equals_a_dense_blend(overlap):
+    stack = np.random.default_rng(1).normal(size=(70, 40, 33)).astype(np.float32)
+    config = InferenceConfig(window=(16, 16, 16), overlap_t=overlap, overlap_xy=overlap)
+    np.testing.assert_allclose(run(Wobble(), stack, config), dense_blend(Wobble(), stack, config), atol=1e-5)
+
+
+def test_a_real_network_streams_as_it_blends_densely(tiny_model, quick_inference):
+    stack = np.random.default_rng(2).normal(size=(30, 24, 20)).astype(np.float32)
+
+    def with_background(x):
+        with torch.no_grad():
+            return tiny_model(x, torch.zeros(1, 1, 1, *x.shape[3:]))
+
+    streamed = run(tiny_model, stack, quick_inference)
+    np.testing.assert_allclose(streamed, dense_blend(with_background, stack, quick_inference), atol=1e-4)
+
+
+def test_no_seams_between_windows():
+    """A step where a window ends would stand out among the differences of neighboring pixels."""
+    stack = np.ones((64, 64, 64), np.float32)
+    stack += np.linspace(0, 1, 64)[:, None, None] + np.linspace(0, 1, 64)[:, None] + np.linspace(0, 2, 64)
+    config = InferenceConfig(window=(16, 16, 16))
+    blended = run(Wobble(), stack.astype(np.float32), config)
+    for axis in (1, 2):
+        steps = np.abs(np.diff(blended, axis=axis)).mean(tuple(a for a in range(3) if a != axis))
+        assert steps.max() < 3 * np.median(steps)
+
+
+def test_no_period_of_the_window_in_time():
+    """Windows that each drift would leave a saw tooth; non-overlapping ones do."""
+    stack = np.ones((160, 16, 16), np.float32)
+
+    def at_window_period(overlap):
+        config = InferenceConfig(window=(16, 16, 16), overlap_t=overlap)
+        trace = run(Wobble(), stack, config).mean((1, 2))
+        return np.abs(np.fft.rfft(trace - trace.mean()))[10::10].max()
+
+    assert at_window_period(0.0) > 10
+    assert at_window_period(0.5) < 0.2 * at_window_period(0.0)
+
+
+def test_memory_does_not_grow_with_the_stack():
+    class Endless:
+        """A stack that remembers how much of it was asked for at once."""
+
+        shape, dtype, most = (2000, 16, 16), np.dtype(np.int16), 0
+
+        def __getitem__(self, key):
+            self.most = max(self.most, key.stop - key.start)
+            return np.zeros((key.stop - key.start, 16, 16), np.int16)
+
+    stack = Endless()
+    count = 0
+    config = InferenceConfig(window=(16, 16, 16))
+    for frame in denoise_frames(Identity(), stack, UNIT, np.zeros((16, 16), np.float32), config):
+        count += 1
+        assert frame.base is None or frame.base.shape[0] <= 16
+    assert count == 2000
+    assert stack.most <= 16
+
+
+def test_windows_are_counted_as_they_are_computed():
+    config = InferenceConfig(window=(16, 16, 16), batch_size=3)
+    calls = []
+    stack = np.zeros((37, 40, 20), np.float32)
+    list(denoise_frames(Identity(), stack, UNIT, np.zeros((40, 20), np.float32), config, progress=lambda *a: calls.append(a)))
+    assert calls[-1] == ("denoise", count_windows(stack.shape, config), count_windows(stack.shape, config))

@@ -1,0 +1,144 @@
+"""Noise estimation on simulated recordings of known noise, and on the real recordings where they are present."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from restormer3d.noise import NoiseEstimate, blind_spot_extent, estimate_noise
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def scene(frames: int = 240, side: int = 64, seed: int = 0) -> np.ndarray:
+    """A vignetted field with cells that flash and decay over tens of frames; mean near 180, bright cells 1500."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side]
+    signal = np.full((frames, side, side), 40.0)
+    signal += 260 * np.exp(-((y - side / 2) ** 2 + (x - side / 3) ** 2) / (0.3 * side) ** 2)
+    for _ in range(side * side // 100):
+        cell = np.exp(-((y - rng.uniform(0, side)) ** 2 + (x - rng.uniform(0, side)) ** 2) / 8)
+        onsets = rng.random(frames) < 0.01
+        trace = np.convolve(onsets, np.exp(-np.arange(frames) / 25))[:frames]
+        signal += (120 + 900 * trace)[:, None, None] * cell
+    return signal
+
+
+def record(signal: np.ndarray, gain: float, read_variance: float, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return gain * rng.poisson(signal / gain) + rng.normal(0, np.sqrt(read_variance), signal.shape)
+
+
+@pytest.mark.parametrize(("gain", "read_variance"), [(28.4, 2490), (248.7, 2700), (990.5, 3730)])
+def test_gain_and_variance_of_skewed_noise_are_recovered(gain: float, read_variance: float):
+    signal = scene()
+    found = estimate_noise(np.rint(record(signal, gain, read_variance)).astype(np.int16))
+    assert found.gain == pytest.approx(gain, rel=0.1)
+    level = np.median(signal)
+    assert found.variance(level) == pytest.approx(gain * level + read_variance, rel=0.1)
+    assert found.photons_per_pixel == pytest.approx(np.median(signal.mean(0)) / gain, rel=0.25)
+    assert blind_spot_extent(found) == (0, 0, 0)
+
+
+def test_dark_offset_is_recovered():
+    found = estimate_noise(record(scene(), 100, 0) + 400)
+    assert found.gain == pytest.approx(100, rel=0.1)
+    assert found.offset == pytest.approx(400, rel=0.1)
+
+
+def test_dark_pixels_clipped_at_zero_do_not_spoil_the_gain():
+    clipped = np.maximum(record(scene(), 60, 4000), 0)
+    found = estimate_noise(np.rint(clipped).astype(np.uint16))
+    assert found.clipped_fraction > 0.05
+    assert found.gain == pytest.approx(60, rel=0.15)
+
+
+def test_jumps_of_the_field_are_left_out():
+    signal = scene()
+    for t in (30, 31, 90, 150):
+        signal[t] = np.roll(signal[t], 5, axis=1)
+    found = estimate_noise(record(signal, 28.4, 2490))
+    assert found.gain == pytest.approx(28.4, rel=0.1)
+
+
+def test_frames_averaged_in_pairs_show_their_memory_and_keep_their_gain():
+    stack = record(scene(), 100, 2500)
+    found = estimate_noise((stack[1:] + stack[:-1]) / 2)
+    assert found.correlation["t"][0] == pytest.approx(0.5, abs=0.03)
+    assert blind_spot_extent(found)[0] == 1
+    assert found.gain == pytest.approx(50, rel=0.1)
+
+
+@pytest.mark.parametrize(("axis", "extent"), [(0, (1, 0, 0)), (1, (0, 1, 0)), (2, (0, 0, 1))])
+def test_smearing_along_one_axis_is_found_and_covered(axis: int, extent: tuple[int, int, int]):
+    signal = scene()
+    noise = record(signal, 100, 2500) - signal
+    smeared = signal + 0.83 * noise + 0.17 * np.roll(noise, 1, axis=axis)
+    found = estimate_noise(smeared)
+    assert found.correlation["tyx"[axis]][0] == pytest.approx(0.83 * 0.17 / (0.83**2 + 0.17**2), abs=0.03)
+    assert blind_spot_extent(found) == extent
+
+
+def test_two_correlated_neighbors_widen_the_blind_spot_by_two():
+    signal = scene()
+    noise = record(signal, 100, 2500) - signal
+    smeared = signal + (noise + np.roll(noise, 1, axis=2) + np.roll(noise, 2, axis=2)) / 3
+    found = estimate_noise(smeared)
+    assert found.correlation["x"] == pytest.approx((2 / 3, 1 / 3, 0), abs=0.03)
+    assert blind_spot_extent(found) == (0, 0, 2)
+    assert found.gain * found.smoothing_factor == pytest.approx(100, rel=0.15)
+
+
+def test_flicker_and_line_noise_are_not_taken_for_smeared_pixels():
+    rng = np.random.default_rng(2)
+    stack = record(scene(), 100, 2500) + rng.normal(0, 60, (240, 1, 1)) + rng.normal(0, 30, (240, 64, 1))
+    found = estimate_noise(stack)
+    assert blind_spot_extent(found) == (0, 0, 0)
+
+
+def test_noise_that_does_not_grow_with_light_has_no_gain():
+    y = np.linspace(100, 900, 48)
+    stack = np.random.default_rng(3).normal(0, 20, (120, 48, 48)) + y[:, None]
+    found = estimate_noise(stack)
+    assert found.gain < 0.1
+    assert found.variance(np.array(500.0)) == pytest.approx(400, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (5, 3, 40), (13, 1, 9), (40, 4, 4)])
+def test_tiny_stacks_give_an_estimate_and_a_point_blind_spot(shape: tuple[int, int, int]):
+    found = estimate_noise(np.random.default_rng(4).poisson(5.0, shape).astype(np.uint8))
+    assert isinstance(found, NoiseEstimate)
+    assert found.gain >= 0
+    assert blind_spot_extent(found) == (0, 0, 0)
+
+
+def test_constant_stack_has_no_noise():
+    found = estimate_noise(np.full((20, 12, 12), 9, dtype=np.int16))
+    assert (found.gain, found.read_noise_variance, found.photons_per_pixel) == (0, 0, None)
+
+
+def test_a_single_frame_is_refused():
+    with pytest.raises(ValueError, match="got 1 frame"):
+        estimate_noise(np.zeros((1, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "y", "photons", "extent"),
+    [
+        ("fmi_mouse_gcamp_600x256x256.tif", 0.25, 0.04, (0.4, 1.0), (0, 0, 1)),
+        ("optinist_mouse_1000x128x128.tif", 0.20, 0.17, (2.0, 4.5), (0, 1, 1)),
+    ],
+)
+def test_real_recordings(name: str, x: float, y: float, photons: tuple[float, float], extent: tuple[int, int, int]):
+    tifffile = pytest.importorskip("tifffile")
+    if not (SHARED / name).exists():
+        pytest.skip("the shared recordings are not here")
+    found = estimate_noise(tifffile.imread(SHARED / name, key=range(400)))
+    assert found.correlation["x"][0] == pytest.approx(x, abs=0.03)
+    assert found.correlation["y"][0] == pytest.approx(y, abs=0.03)
+    assert found.correlation["t"] == pytest.approx((0, 0), abs=0.02)
+    assert found.photons_per_pixel is not None
+    assert photons[0] < found.photons_per_pixel < photons[1]
+    assert blind_spot_extent(found) == extent
