@@ -493,7 +493,7 @@ BAD = {
     "no voxels": (empty, "empty"),
     "one image": (lambda p: save(p, frames_of()[0]), r"found a single image: axes YX = 24 x 32"),
     "one frame": (lambda p: save(p, frames_of()[:1]), "found a single image"),
-    "color": (color, r"found colors: axes QYXS = 7 x 24 x 32 x 3"),
+    "color": (color, r"found colors: axes IYXS = 7 x 24 x 32 x 3"),
     "channels": (
         lambda p: save(p, np.stack([frames_of()] * 2, 1), "imagej", metadata={"axes": "TCYX"}),
         r"expected one channel, found 2: axes TCYX = 7 x 2 x 24 x 32.*Split Channels.*\[:, 0\]",

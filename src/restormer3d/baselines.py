@@ -6,6 +6,7 @@ Each is a generator of finished frames in order. They need no training, only num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,22 +63,23 @@ def gaussian_frames(
         If a width is negative.
     """
     length, height, width = stack.shape
-    kernel = _kernel(sigma_t, truncate)
-    kernel_xy = _kernel(sigma_xy, truncate)
+    kernel, kernel_xy = _kernel(sigma_t, truncate), _kernel(sigma_xy, truncate)
     reach = len(kernel) // 2
     detail = np.float32(0)
     if around_mean:
         mean = temporal_mean(stack)
         detail = mean - _blurred(mean, kernel_xy)
-    held, first, last = np.empty((0, height, width), dtype=np.float32), 0, 0  # blurred frames first to last
+    size = min(length, 2 * reach + _FRAMES_AT_ONCE)
+    ring, read = np.zeros((size, height, width), dtype=np.float32), 0  # blurred frame t lies at t % size
     for start in range(0, length, _FRAMES_AT_ONCE):
         stop = min(length, start + _FRAMES_AT_ONCE)
         low, high = max(0, start - reach), min(length, stop + reach)
-        fresh = [_blurred(stack[t], kernel_xy)[None] for t in range(last, high)]
-        held = np.concatenate([held[low - first :], *fresh])
-        first, last = low, high
-        weights = _reflected(kernel, np.arange(start, stop), length)[:, low:high]
-        yield from np.tensordot(weights, held, axes=1) + detail
+        for t in range(read, high):
+            ring[t % size] = _blurred(stack[t], kernel_xy)
+        read = high
+        weights = np.zeros((stop - start, size), dtype=np.float32)
+        weights[:, np.arange(low, high) % size] = _reflected(kernel, np.arange(start, stop), length)[:, low:high]
+        yield from np.tensordot(weights, ring, axes=1) + detail
 
 
 def choose_gaussian(
@@ -147,10 +149,10 @@ def svd_frames(
     """Denoise by singular value decomposition of overlapping blocks and yield the frames in order.
 
     What differs from the temporal mean is divided by the noise of each pixel, cut into blocks of ``block`` x
-    ``block`` pixels with half overlap, and of every block only the components above the largest that noise alone
+    ``block`` pixels with half overlap; of every block only the components above the largest that noise alone
     would give are kept. The bound is that of random matrices (Marchenko and Pastur), raised by what differences of
-    frames show beyond it, since neighboring pixels may share noise. The kept components are smoothed; where they are not
-    (both widths 0) their singular values are shrunk instead. The temporal mean is never blurred.
+    frames show beyond it, since neighboring pixels may share noise. The kept components are smoothed; if they
+    are not (both widths 0), their singular values are shrunk instead. The temporal mean is never blurred.
 
     Stacks of more than 1500 frames, or of more than 1.5 GiB as float32, are done in temporal blocks that overlap by
     an eighth and are faded into each other; memory is about one such block and the frames it was read from.
@@ -176,12 +178,9 @@ def svd_frames(
     M. Gavish and D. L. Donoho, "Optimal shrinkage of singular values", IEEE Trans. Inf. Theory 63 (2017).
     """
     length, height, width = stack.shape
-    count = int(np.clip(_SVD_BYTES // (4 * height * width), 64, _SVD_FRAMES))
-    count = min(count, length)
+    count = min(length, int(np.clip(_SVD_BYTES // (4 * height * width), 64, _SVD_FRAMES)))
     starts = window_starts(length, count, 1 / 8)
-    tail = np.empty(
-        (0, height, width), dtype=np.float32
-    )  # what the last temporal block says about the next one's start
+    tail = np.empty((0, height, width), dtype=np.float32)  # the last temporal block's opinion on the next one's start
     for number, start in enumerate(starts):
 
         def report(done: int, total: int, number: int = number) -> None:
@@ -189,7 +188,7 @@ def svd_frames(
                 progress("svd", number * total + done, len(starts) * total)
 
         denoised = _svd_block(stack[start : start + count], block, (sigma_t, sigma_xy), report)
-        fade = ((np.arange(len(tail)) + 0.5) / max(1, len(tail)))[:, None, None].astype(np.float32)
+        fade = ((np.arange(len(tail), dtype=np.float32) + 0.5) / max(1, len(tail)))[:, None, None]
         denoised[: len(tail)] = fade * denoised[: len(tail)] + (1 - fade) * tail
         stop = starts[number + 1] - start if number + 1 < len(starts) else count
         tail = denoised[stop:].copy()
@@ -199,13 +198,14 @@ def svd_frames(
 def _svd_block(
     noisy: np.ndarray, side: int, sigmas: tuple[float, float], report: Callable[[int, int], None]
 ) -> np.ndarray:
-    """Denoise (T, H, W) that fits into memory; T of at least 2 for any effect."""
+    """Denoise (T, H, W) that fits into memory."""
     length, height, width = noisy.shape
     mean = temporal_mean(noisy)
     denoised = np.zeros(noisy.shape, dtype=np.float32)
     if length < 2:
         return denoised + mean
-    deviation = np.sqrt(usual_variance(mean, _difference_variance(noisy), length - 1)).astype(np.float32)
+    steps = (np.square(later.astype(np.float64) - earlier) for earlier, later in pairwise(noisy))
+    deviation = np.sqrt(usual_variance(mean, sum(steps) / (2 * length - 2), length - 1)).astype(np.float32)
     rows, columns = min(side, height), min(side, width)
     corners = [(y, x) for y in window_starts(height, rows, 0.5) for x in window_starts(width, columns, 0.5)]
     crops = [np.s_[y : y + rows, x : x + columns] for y, x in corners]
@@ -213,24 +213,16 @@ def _svd_block(
     taper = np.outer(hann_weights(rows), hann_weights(columns))
     weight = np.zeros((height, width), dtype=np.float32)
     for done, crop in enumerate(crops, start=1):
-        scale = deviation[crop]
-        white = (noisy[:, *crop] - mean[crop]) / scale
+        white = (noisy[:, *crop] - mean[crop]) / deviation[crop]
         time, space = _components(white.reshape(length, -1), excess, shrink=not any(sigmas))
         time = _filtered(time, _kernel(sigmas[0]), axis=0)
-        images = _blurred(space.reshape(-1, rows, columns) * scale, _kernel(sigmas[1]))
+        images = _blurred(space.reshape(-1, rows, columns) * deviation[crop], _kernel(sigmas[1]))
         denoised[:, *crop] += np.tensordot(time, images * taper, axes=1)
         weight[crop] += taper
         report(done, len(crops))
     denoised /= weight
     denoised += mean
     return denoised
-
-
-def _difference_variance(noisy: np.ndarray) -> np.ndarray:
-    total = np.zeros(noisy.shape[1:])
-    for earlier, later in zip(noisy, noisy[1:], strict=False):
-        total += np.square(later.astype(np.float64) - earlier)
-    return total / (2 * (len(noisy) - 1))
 
 
 def _noise_excess(noisy: np.ndarray, deviation: np.ndarray, crops: list[Any], most: int = 25) -> float:
@@ -310,19 +302,15 @@ def _reflected(kernel: np.ndarray, times: np.ndarray, length: int) -> np.ndarray
 
 def _others_only(weights: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Take every frame's own weight away and scale the others up to one."""
-    weights = weights.copy()
     weights[np.arange(len(times)), times] = 0
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _pieces(stack: Any, count: int, side: int) -> Iterator[np.ndarray]:
     """Yield up to 2 x 2 pieces (count, side, side) spread over the field, from the middle of the stack."""
-    length, height, width = stack.shape
-    first = (length - count) // 2
-    tops, lefts = (
-        sorted({(size - min(side, size)) * k // 3 for k in (1, 2)}) if size > side else [0] for size in (height, width)
-    )
-    block = np.asarray(stack[first : first + count, :, :])
+    first = (stack.shape[0] - count) // 2
+    tops, lefts = (sorted({max(0, size - side) * k // 3 for k in (1, 2)}) for size in stack.shape[1:])
     for top in tops:
         for left in lefts:
-            yield block[:, top : top + side, left : left + side].astype(np.float32)
+            bottom, right = min(stack.shape[1], top + side), min(stack.shape[2], left + side)
+            yield stack[first : first + count, top:bottom, left:right].astype(np.float32)

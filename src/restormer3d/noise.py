@@ -16,6 +16,7 @@ LEAK_THRESHOLD = 0.08
 _RUN = 12  # consecutive frames read together
 _MAX_LAG = 6  # frames between which differences are taken
 _CLIPPED_BIN = 0.05  # a bin with more clipped samples than this has visibly lost variance
+_TINY = 1e-30
 _TIME_LAGS = 2
 _SPACE_LAGS = 3
 
@@ -172,7 +173,7 @@ def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.nda
         Noise variance, (H, W), above 0.
     """
     means, variances, _ = _bins_by_mean(mean, variance, np.zeros_like(mean), pairs)
-    return np.maximum(np.interp(mean, means, variances), 1e-12)
+    return np.maximum(np.interp(mean, means, variances), max(1e-6 * variances.max(), _TINY))
 
 
 def _read_runs(stack: Any, max_frames: int, max_side: int) -> np.ndarray:
@@ -250,7 +251,7 @@ def _robust_line(
     typical = float(np.median(variance))
     if np.ptp(mean) == 0:
         return 0.0, typical
-    floor = max(1e-12, 1e-3 * typical)
+    floor = max(_TINY, 1e-3 * typical)
     design = np.stack([mean, np.ones_like(mean)], axis=1)
     fitted, weights = np.maximum(variance, floor), np.ones_like(mean)
     gain, intercept = 0.0, typical
@@ -294,5 +295,5 @@ def _time_correlation(growth: np.ndarray) -> tuple[float, ...]:
         return (float("nan"),) * _TIME_LAGS
     typical = [_middle_mean(image) for image in growth]
     slope, level = np.polyfit(range(3, _MAX_LAG + 1), typical[2:], 1)
-    white = [max(level + slope * lag, 1e-12) for lag in range(1, _TIME_LAGS + 1)]
+    white = [max(level + slope * lag, _TINY) for lag in range(1, _TIME_LAGS + 1)]
     return tuple(float(1 - seen / expected) for seen, expected in zip(typical, white, strict=False))

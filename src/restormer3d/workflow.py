@@ -32,7 +32,7 @@ from restormer3d.planning import (
     training_plan,
 )
 from restormer3d.sidecar import sidecar, weights_record
-from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, write_stack
+from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, to_dtype, write_stack
 from restormer3d.training import fit
 
 Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
@@ -130,9 +130,8 @@ def denoise(
     seconds = None if time_limit is None else 60 * time_limit
     result = _denoised(source, chosen, method, torch_device(device), seconds, progress, _silent)
     output = np.empty(source.shape, source.dtype)
-    low, high = _range(source.dtype)
     for t, frame in enumerate(result.frames):
-        output[t] = np.clip(np.rint(frame), low, high) if source.dtype.kind in "iu" else frame
+        output[t] = to_dtype(frame, source.dtype)[0]
     return output
 
 
@@ -347,8 +346,3 @@ def _compute(device: torch.device, engine: str) -> str:
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
-
-def _range(dtype: np.dtype) -> tuple[float, float]:
-    if dtype.kind not in "iu":
-        return -np.inf, np.inf
-    return float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)

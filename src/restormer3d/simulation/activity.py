@@ -88,11 +88,12 @@ def calcium_responses(
     bout_rate_hz: float,
     bout_s: float,
     silent_fraction: float,
+    bursting_fraction: float,
 ) -> np.ndarray:
     """Fluorescence changes dF/F (count, frames), 0 at rest.
 
     Rates of firing differ from source to source by about a factor of two around `bout_rate_hz`; a share of the
-    sources is nearly silent, and a bout holds few spikes in some sources and dense bursts in others.
+    sources is nearly silent, and another share fires in bursts: bouts 12 times shorter with 10 times denser spikes.
     """
     oversampling = int(np.ceil(FINE_RATE_HZ / frame_rate_hz))
     rate_hz = frame_rate_hz * oversampling
@@ -101,6 +102,9 @@ def calcium_responses(
     rates[rng.random(count) < silent_fraction] *= 0.03
     lengths = bout_s * rng.lognormal(0.0, 0.3, count)
     spike_rates = rng.lognormal(np.log(4.0), 0.5, count)
+    bursting = rng.random(count) < bursting_fraction
+    lengths[bursting] *= 0.08
+    spike_rates[bursting] *= 10
     spikes = spike_trains(rng, rates, lengths, spike_rates, burn_in + frames * oversampling, rate_hz)
     response = indicator_response(rng, spikes, indicator, rate_hz)
     return response[:, burn_in::oversampling]
@@ -111,7 +115,7 @@ def neuropil_courses(rng: np.random.Generator, count: int, frames: int, frame_ra
     padded = frames + int(20 * frame_rate_hz)  # the filter is periodic; the surplus keeps the ends apart
     frequency_hz = np.fft.rfftfreq(padded, 1 / frame_rate_hz)
     corner = rng.uniform(0.1, 0.2, (count, 1))
-    transfer = frequency_hz / (frequency_hz + 0.08) / (1 + (frequency_hz / corner) ** 2.5)
+    transfer = frequency_hz / (frequency_hz + 0.08) / (1 + (frequency_hz / corner) ** 3)
     noise = rng.standard_normal((count, padded))
     course = np.fft.irfft(np.fft.rfft(noise) * transfer, padded)
     course /= course.std(axis=1, keepdims=True)

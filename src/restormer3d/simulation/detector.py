@@ -12,6 +12,7 @@ import numpy as np
 
 from restormer3d.simulation.scene import Scene, parse_index
 
+INT16 = np.dtype(np.int16)
 # gain in ADU per photon and read noise variance in ADU^2 of the three levels of the calcium imaging challenge
 NOISE_LEVELS = {1: (28.4, 2490.0), 2: (248.7, 2700.0), 3: (990.5, 3730.0)}
 
@@ -127,7 +128,7 @@ class NoisyScene:
     correlation: tuple[float, float] = (0.0, 0.0)
     line_noise: float = 0.0
     outlier_fraction: float = 0.0
-    dtype: Any = np.dtype(np.int16)
+    dtype: np.dtype[Any] = INT16
     ndim = 3
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ class NoisyScene:
         if not 0 <= self.outlier_fraction <= 1:
             raise ValueError(f"outlier_fraction is {self.outlier_fraction}; expected a share from 0 to 1")
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
-        if self.dtype not in (np.dtype(np.int16), np.dtype(np.float32)):
+        if self.dtype not in (INT16, np.dtype(np.float32)):
             raise ValueError(f"dtype is {self.dtype}; expected int16 or float32")
 
     @property
@@ -170,7 +171,7 @@ class NoisyScene:
             correlation=self.correlation,
             line_noise=self.line_noise,
         )
-        return as_int16(frame) if self.dtype == np.int16 else frame
+        return as_int16(frame) if self.dtype == INT16 else frame
 
 
 def as_int16(block: np.ndarray) -> np.ndarray:

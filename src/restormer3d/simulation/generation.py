@@ -70,7 +70,7 @@ def simulate_scene(shape: tuple[int, int, int], *, seed: int, **parameters: Any)
         modes=anatomy.modes,
         courses=activity.neuropil_courses(slow_rng, len(anatomy.modes), shape[0], settings.frame_rate_hz),
         footprints=anatomy.footprints,
-        source_traces=draw_activity(firing_rng, shape[0], anatomy.cell_brightness, settings),
+        source_traces=draw_activity(firing_rng, shape[0], anatomy.cell_brightness, anatomy.hidden_sources, settings),
         shifts=draw_motion(motion_rng, shape[0], settings),
         margin=margin,
         brightness=activity.photobleaching(shape[0], settings.bleaching),
@@ -84,6 +84,7 @@ class Anatomy:
     """What stands still on the canvas; source n is cell n of `cell_brightness` and ROI n + 1 of `masks`."""
 
     cell_brightness: np.ndarray
+    hidden_sources: int
     masks: np.ndarray
     footprints: list[Footprint]
     static: np.ndarray
@@ -97,12 +98,13 @@ def draw_anatomy(rng: np.random.Generator, canvas: tuple[int, int], settings: Sc
     cells = structures.place_cells(rng, canvas, radius, settings.cell_density, settings.donut_fraction)
     brightness = stratified_lognormal(rng, settings.brightness_spread, len(cells))
     masks, footprints = draw_cells(rng, cells, brightness, static)
-    footprints += draw_hidden_sources(rng, canvas, settings, first_source=len(cells))
+    neurites = draw_hidden_sources(rng, canvas, settings, first_source=len(cells))
     light = structures.vignette(rng, canvas, settings.vignetting)
     light *= structures.vessel_shadow(rng, canvas, radius, settings.vessel_density)
     static *= light
     modes = structures.neuropil_modes(rng, static, radius, settings.neuropil_modes, settings.neuropil_strength)
-    return Anatomy(brightness, masks, [illuminate(footprint, light) for footprint in footprints], static, modes)
+    footprints = [illuminate(footprint, light) for footprint in footprints + neurites]
+    return Anatomy(brightness, min(len(neurites), HIDDEN_SOURCES), masks, footprints, static, modes)
 
 
 def draw_cells(
@@ -133,9 +135,9 @@ def draw_hidden_sources(
     cell_areas = canvas[0] * canvas[1] / (np.pi * settings.cell_radius_px**2)
     neurites = rng.poisson(settings.neurite_density * cell_areas)
     blurred = rng.poisson(settings.cell_density * cell_areas)
-    footprints = []
+    footprints: list[Footprint] = []
     for number in range(neurites + blurred):
-        source = first_source + int(rng.integers(HIDDEN_SOURCES))
+        source = first_source + len(footprints) % HIDDEN_SOURCES
         draw = structures.neurite_footprint if number < neurites else structures.blurred_cell_footprint
         footprint = draw(rng, canvas, settings.cell_radius_px, source)
         if footprint is not None:
@@ -144,13 +146,13 @@ def draw_hidden_sources(
 
 
 def draw_activity(
-    rng: np.random.Generator, frames: int, cell_brightness: np.ndarray, settings: SceneParameters
+    rng: np.random.Generator, frames: int, cell_brightness: np.ndarray, hidden: int, settings: SceneParameters
 ) -> np.ndarray:
     """Relative fluorescence (sources, frames) of the cells and then of the hidden sources.
 
     Cells that are bright at rest change less relative to it: they hold more indicator, or more calcium at rest.
     """
-    brightness = np.concatenate([cell_brightness, np.ones(HIDDEN_SOURCES)])
+    brightness = np.concatenate([cell_brightness, np.ones(hidden)])
     response = activity.calcium_responses(
         rng,
         len(brightness),
@@ -160,6 +162,7 @@ def draw_activity(
         bout_rate_hz=settings.bout_rate_hz,
         bout_s=settings.bout_s,
         silent_fraction=settings.silent_fraction,
+        bursting_fraction=settings.bursting_fraction,
     )
     return (1 + response * brightness[:, None] ** -0.3).astype(np.float32)
 

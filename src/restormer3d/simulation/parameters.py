@@ -36,8 +36,10 @@ class SceneParameters:
         Relative standard deviation in time of the neuropil, and how many spatial modes share it.
     vessel_density, vignetting : float
         Number of vessels per (20 radii)^2, and strength of the fall-off towards the corners (0: none).
-    bout_rate_hz, bout_s, silent_fraction : float
-        Mean rate of firing bouts per source, their mean length, and the share of sources that hardly ever fire.
+    bout_rate_hz, bout_s : float
+        Mean rate of firing bouts per source and their mean length; 0.2 s is sparse, some seconds is a response.
+    silent_fraction, bursting_fraction : float
+        Share of sources that hardly ever fire, and share that fires in short dense bursts.
     mean_adu : float
         Mean of the clean scene in ADU, kept within 3 %.
     contrast : float
@@ -61,8 +63,9 @@ class SceneParameters:
     vessel_density: float = 0.2
     vignetting: float = 0.3
     bout_rate_hz: float = 0.1
-    bout_s: float = 3.5
+    bout_s: float = 4.5
     silent_fraction: float = 0.25
+    bursting_fraction: float = 0.2
     mean_adu: float = 191.0
     contrast: float = 1.2
     motion_px: float = 0.0
@@ -74,7 +77,7 @@ class SceneParameters:
         for name in ("frame_rate_hz", "cell_radius_px", "bout_rate_hz", "bout_s", "mean_adu"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
-        for name in ("cell_density", "donut_fraction", "silent_fraction", "bleaching"):
+        for name in ("cell_density", "donut_fraction", "silent_fraction", "bursting_fraction", "bleaching"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
         if self.motion_px < 0 or self.contrast <= 1 or not 0 <= self.neuropil_strength <= 0.3:
@@ -120,6 +123,7 @@ def random_scene(rng: np.random.Generator) -> dict[str, Any]:
         "bout_rate_hz": log_uniform(rng, 0.02, 1.0),
         "bout_s": log_uniform(rng, 0.05, 2.0),
         "silent_fraction": rng.uniform(0.0, 0.7),
+        "bursting_fraction": rng.uniform(0.0, 0.5),
         "mean_adu": log_uniform(rng, 60.0, 600.0),
         "contrast": rng.uniform(1.08, 1.6),
         "motion_px": rng.uniform(0.0, 1.0) if rng.random() < 0.3 else 0.0,

@@ -75,15 +75,17 @@ class Scene:
 
     def _render_canvas(self, times: range, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Frames of the region [top:bottom, left:right] of the canvas, (len(times), height, width)."""
-        courses = self.courses[:, times.start : times.stop]
-        block = np.tensordot(courses.T, self.modes[:, top:bottom, left:right], axes=1)
-        block += self.static[top:bottom, left:right]
+        block = np.repeat(self.static[None, top:bottom, left:right], len(times), axis=0)
+        # Element by element, not as a matrix product: its rounding would depend on the size of the block.
+        for course, mode in zip(self.courses, self.modes, strict=True):
+            block += course[times.start : times.stop, None, None] * mode[top:bottom, left:right]
         for footprint in self.footprints:
             y, x = footprint.top - top, footprint.left - left
-            y_end, x_end = y + footprint.weights.shape[0], x + footprint.weights.shape[1]
+            rows, columns = footprint.weights.shape
+            y_end, x_end = y + rows, x + columns
             if y_end <= 0 or x_end <= 0 or y >= bottom - top or x >= right - left:
                 continue
-            weights = footprint.weights[max(-y, 0) : bottom - top - y, max(-x, 0) : right - left - x]
+            weights: np.ndarray = footprint.weights[max(-y, 0) : bottom - top - y, max(-x, 0) : right - left - x]
             trace = self.source_traces[footprint.source, times.start : times.stop]
             block[:, max(y, 0) : y_end, max(x, 0) : x_end] += trace[:, None, None] * weights
         return block * self.brightness[times.start : times.stop, None, None]
@@ -131,7 +133,8 @@ def shift_frame(frame: np.ndarray, shift: np.ndarray, margin: int, height: int, 
             -0.5 * f**2 + 0.5 * f**3,
         )
         first = margin + start - 1
-        frame = sum(
-            np.float32(tap) * frame.take(range(first + k, first + k + length), axis=axis) for k, tap in enumerate(taps)
-        )
+        moved = np.zeros((height, frame.shape[1]) if axis == 0 else (height, width), np.float32)
+        for k, tap in enumerate(taps):
+            moved += np.float32(tap) * frame.take(range(first + k, first + k + length), axis)
+        frame = moved
     return np.maximum(frame, 0)

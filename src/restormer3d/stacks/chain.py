@@ -107,12 +107,13 @@ def _header(path: Path, file: BinaryIO) -> tuple[str, bool, int]:
 
 
 def _geometry(entries: bytes, order: str, size: int) -> Geometry:
-    """Parse directory entries of single numbers, whatever integer type they are written in."""
+    """Parse directory entries, whatever integer type they are written in; of several values count only how many."""
     pairs = []
     for start in range(0, len(entries), size):
-        code, dtype = struct.unpack_from(f"{order}HH", entries, start)
-        number = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(dtype, "I")
-        pairs.append((code, struct.unpack_from(f"{order}{number}", entries, start + (12 if size == 20 else 8))[0]))
+        code, dtype, count = struct.unpack_from(f"{order}HHQ" if size == 20 else f"{order}HHI", entries, start)
+        number = {1: "B", 3: "H", 16: "Q"}.get(dtype, "I")
+        value = struct.unpack_from(f"{order}{number}", entries, start + (12 if size == 20 else 8))[0]
+        pairs.append((code, value if count == 1 else -count))
     return tuple(pairs)
 
 

@@ -1,62 +1,35 @@
 """Write a denoised recording as a drop-in replacement: same shape, dtype, byte order, axes and tags as its source.
 
 Frames go to disk one by one, uncompressed, into a hidden file beside the output that takes its name at the very end.
-All dialects are written in one way: plain pages, with the tags of the source's pages copied byte for byte.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-from xml.etree import ElementTree
+from typing import Any
 
 import numpy as np
 import tifffile
 from numpy.typing import DTypeLike, NDArray
 
+from restormer3d.stacks.carry import (
+    CLASSIC_LIMIT,
+    WriteOptions,
+    carried_tags,
+    file_bytes,
+    scanimage_header,
+    write_options,
+)
 from restormer3d.stacks.chain import StackError, page_chain
-from restormer3d.stacks.dialects import names_other_files, single_file_ome
 from restormer3d.stacks.layout import DTYPES
 from restormer3d.stacks.read import TiffStack
-
-CLASSIC_LIMIT = 4_000_000_000  # classic TIFF counts bytes in 32 bits; the rest is for the pages' directories
-PAGE_BYTES = 512  # a directory of ours with its values, at most, without the tags carried over
-
-# Tags that describe the recording, not how its voxels are stored.
-CARRIED_TAGS = {
-    269: "DocumentName",
-    270: "ImageDescription",
-    271: "Make",
-    272: "Model",
-    274: "Orientation",
-    285: "PageName",
-    286: "XPosition",
-    287: "YPosition",
-    297: "PageNumber",
-    305: "Software",
-    306: "DateTime",
-    315: "Artist",
-    316: "HostComputer",
-    33432: "Copyright",
-    50838: "IJMetadataByteCounts",
-    50839: "IJMetadata",
-    51123: "MicroManagerMetadata",
-}
-DESCRIPTION, SOFTWARE = 270, 305
-ASCII = 2
-X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, COLOR_MAP = 282, 283, 296, 320
-SCANIMAGE_MAGIC = 0x07030301
-
-ExtraTag = tuple[int, int, int, bytes, bool]
 
 
 @dataclass(frozen=True)
@@ -78,14 +51,6 @@ class WriteSummary:
     clipped_voxels: int
     clipped_low: int
     clipped_high: int
-
-
-class WriteOptions(NamedTuple):
-    """Arguments for `tifffile.TiffWriter` and for its `write`, and whether every page has its own tags."""
-
-    file: dict[str, Any]
-    page: dict[str, Any]
-    tags_per_page: bool
 
 
 def write_stack(
@@ -141,7 +106,7 @@ def write_stack(
     clipped = np.zeros(2, np.int64)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        with _named_os_errors(path.parent, _needed_bytes(shape, dtype)):
+        with _named_os_errors(path.parent, file_bytes(shape, dtype)):
             _write_pages(part, _finished(frames, shape, dtype, clipped), options, shape, dtype, like)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -188,62 +153,13 @@ def check_output(
         raise StackError(f"{path}: the output is the input itself, which is never overwritten. Choose another name.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: the output exists. Choose another name, or replace it with --overwrite.")
-    needed = _needed_bytes(shape, dtype)
+    needed = file_bytes(shape, dtype)
     with _named_os_errors(path.parent, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def write_options(
-    like: TiffStack | None, shape: tuple[int, int, int], dtype: np.dtype, classic_limit: int = CLASSIC_LIMIT
-) -> WriteOptions:
-    """Return the arguments that make tifffile write a stand-in for `like`.
-
-    Parameters
-    ----------
-    like : TiffStack or None
-        Without it: little-endian, axes TYX, no resolution.
-    shape, dtype
-        Of the stack to write; those of `like`.
-    classic_limit : int
-        Number of bytes from which on BigTIFF is written.
-    """
-    page: dict[str, Any] = {"metadata": None, "software": False, "resolution": (1, 1), "resolutionunit": 1}
-    if like is None:
-        description = json.dumps({"shape": list(shape), "axes": "TYX"}).encode()
-        tags = [(DESCRIPTION, ASCII, 0, description, True), (SOFTWARE, ASCII, 0, b"restormer3d", True)]
-        page |= {"photometric": "minisblack", "extratags": tags}
-        return WriteOptions({"bigtiff": _needed_bytes(shape, dtype) > classic_limit, "ome": False}, page, False)
-    if (tuple(shape), dtype) != (like.shape, like.dtype):
-        raise ValueError(f"expected the shape {like.shape} and dtype {like.dtype} of {like.path}, got {shape}, {dtype}")
-    tags = carried_tags(like, 0)
-    own_tags = carried_tags(like, 1)
-    per_page = len(like.layout.page_offsets) > 1 and (bool(own_tags) or like.layout.joined)
-    too_large = _needed_bytes(shape, dtype, 2 * sum(len(tag[3]) for tag in own_tags)) > classic_limit
-    # Past 4 GB ImageJ writes a classic TIFF with one directory that describes all frames, and opens no BigTIFF
-    # without a plugin: what came in that form goes out in it.
-    one_page = like.layout.kind == "imagej" and len(like.layout.page_offsets) == 1 and not like.is_bigtiff
-    page |= {"extratags": tags, "truncate": too_large and one_page} | _look(like)
-    bigtiff = like.is_bigtiff or (too_large and not one_page)
-    return WriteOptions({"bigtiff": bigtiff, "ome": False, "byteorder": like.byteorder}, page, per_page)
-
-
-def carried_tags(like: TiffStack, frame: int) -> list[ExtraTag]:
-    """Return the tags of a frame's page that describe the recording, as tifffile's extra tags."""
-    try:
-        found = like.frame_tags(frame)
-    except StackError:  # the voxels are worth more than the tags of a damaged directory
-        return []
-    tags = {code: (code, *found[code], True) for code in CARRIED_TAGS if code in found}
-    if frame == 0 and DESCRIPTION in tags:
-        description = _description(like, tags[DESCRIPTION][3])
-        tags[DESCRIPTION] = (DESCRIPTION, ASCII, 0, description, True)
-        if not description.strip(b"\0"):
-            del tags[DESCRIPTION]
-    return list(tags.values())
 
 
 def to_dtype(frame: NDArray[Any], dtype: np.dtype) -> tuple[NDArray[Any], int, int]:
@@ -287,7 +203,7 @@ def _write_pages(
     """Write all frames as one block with its directories, or page by page where each has tags of its own."""
     with tifffile.TiffWriter(part, **options.file) as writer:
         if like is not None and options.file["bigtiff"]:
-            writer.filehandle.write(_scanimage_header(like))
+            writer.filehandle.write(scanimage_header(like))
         if like is None or not options.tags_per_page:
             writer.write(frames, shape=shape, dtype=dtype, **options.page)
             return
@@ -316,48 +232,6 @@ def _finished(
             yield finished
     if count != shape[0]:
         raise ValueError(f"expected {shape[0]} frames, got {count}")
-
-
-def _look(like: TiffStack) -> dict[str, Any]:
-    """Return how the source's first page is to be shown: size of a pixel, gray scale or palette."""
-    page = like.page(0)
-    x, y, unit, colors = (page.tags.valueof(code) for code in (X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, COLOR_MAP))
-    look: dict[str, Any] = {"photometric": "minisblack"}
-    if all(isinstance(ratio, tuple) and min(ratio) > 0 for ratio in (x, y)):
-        look |= {"resolution": (x, y), "resolutionunit": unit if unit in (1, 2, 3) else 2}  # inch by the standard
-    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-        look["photometric"] = "miniswhite"
-    elif page.photometric == tifffile.PHOTOMETRIC.PALETTE and np.shape(colors) == (3, 2 ** (8 * like.dtype.itemsize)):
-        look |= {"photometric": "palette", "colormap": colors}
-    return look
-
-
-def _description(like: TiffStack, raw: bytes) -> bytes:
-    """Return the first page's description, true for a file that holds all frames, one per page."""
-    text = raw.rstrip(b"\0").decode("utf-8", "replace")
-    try:
-        if like.layout.kind == "shaped":
-            return json.dumps({key: value for key, value in json.loads(text).items() if key != "truncated"}).encode()
-        if "<OME" in text[:2000]:
-            return single_file_ome(text, like.path.name, like.shape[0]).encode()
-    except (ElementTree.ParseError, ValueError):  # a header that tifffile did not follow either
-        return b"" if names_other_files(text) else raw
-    return raw
-
-
-def _scanimage_header(like: TiffStack) -> bytes:
-    """Return the block of settings that ScanImage puts between the header of a BigTIFF and its first page."""
-    with like.path.open("rb") as file:
-        start = file.read(32)
-        if not like.is_bigtiff or like.byteorder != "<":
-            return b""
-        magic, _, settings, regions = struct.unpack("<IIII", start[16:])
-        return start[16:] + file.read(settings + regions) if magic == SCANIMAGE_MAGIC else b""
-
-
-def _needed_bytes(shape: tuple[int, int, int], dtype: np.dtype, tag_bytes: int = 0) -> int:
-    """Return the size of an uncompressed file whose pages carry `tag_bytes` of tags each."""
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize + shape[0] * (PAGE_BYTES + tag_bytes)
 
 
 @contextmanager
