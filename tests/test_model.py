@@ -86,7 +86,7 @@ def test_an_untrained_mixing_network_is_a_gaussian_filter():
     model = Restormer3D(ModelConfig(start="filters"))
     x = torch.rand(1, 1, 24, 16, 16)
     background = x.mean(2, keepdim=True)
-    kernel_t, kernel_xy = gaussian_matrix(24, 6.0, x), gaussian_matrix(16, 0.7, x)
+    kernel_t, kernel_xy = gaussian_matrix(24, 9.0, x), gaussian_matrix(16, 0.6, x)
     fluctuation = torch.einsum("st,bcthw->bcshw", kernel_t, x - background)
     expected = background + kernel_xy @ fluctuation @ kernel_xy.T
     with torch.no_grad():

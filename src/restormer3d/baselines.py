@@ -19,7 +19,6 @@ Progress = Callable[[str, int, int], None]
 
 SIGMAS_T = (0.5, 1.0, 2.0, 3.0, 4.5, 7.0, 10.0, 14.0, 20.0, 30.0)
 SIGMAS_XY = (0.0, 0.5, 0.8, 1.0, 1.4, 2.0, 3.0)
-
 _FRAMES_AT_ONCE = 16
 _SVD_BYTES = 3 * 2**29  # most bytes of one temporal block of `svd_frames` in float32: 1.5 GiB
 _SVD_FRAMES = 1500  # most frames of a temporal block
@@ -57,10 +56,6 @@ def gaussian_frames(
     numpy.ndarray
         Filtered frame, (H, W) float32.
 
-    Raises
-    ------
-    ValueError
-        If a width is negative.
     """
     length, height, width = stack.shape
     kernel, kernel_xy = _kernel(sigma_t, truncate), _kernel(sigma_xy, truncate)
@@ -93,18 +88,15 @@ def choose_gaussian(
 ) -> tuple[float, float]:
     """Choose the widths of `gaussian_frames` that predict frames best from their neighbors alone.
 
-    Every frame of a sample is predicted by the same filter with the frame's own weight removed and the rest scaled
-    up to one. The noise of a frame is independent of the others, so the mean squared error is the noise plus the
-    filter's own error, and the smallest belongs to the best filter.
+    Every frame of a sample is predicted by the filter with the frame's own weight removed and the rest scaled up to
+    one. The noise is independent between frames, so the mean squared error is the noise plus the filter's error.
 
     Parameters
     ----------
     stack : stack of shape (T, H, W)
         Noisy intensities, T at least 2.
     sigmas_t, sigmas_xy : tuple of float
-        Widths to try, in frames (above 0) and pixels.
-    around_mean : bool
-        As in `gaussian_frames`.
+        Widths to try, in frames (above 0) and pixels; `around_mean` as in `gaussian_frames`.
     max_frames, side : int
         Size of the up to four pieces that are looked at, in the middle of the stack along time.
 
@@ -112,18 +104,16 @@ def choose_gaussian(
     -------
     tuple of float
         (sigma_t, sigma_xy).
-
-    Raises
-    ------
-    ValueError
-        If the stack has a single frame.
     """
     length = stack.shape[0]
     if length < 2:
         raise ValueError("the widths are chosen by predicting frames from others: the stack has 1 frame, need 2")
     count = min(length, max_frames)
     times = np.unique(np.linspace(0, count - 1, min(count, 80)).round().astype(int))
-    predictors = [_others_only(_reflected(_kernel(sigma), times, count), times) for sigma in sigmas_t]
+    predictors = [_reflected(_kernel(sigma), times, count) for sigma in sigmas_t]
+    for weights in predictors:
+        weights[np.arange(len(times)), times] = 0
+        weights /= weights.sum(axis=1, keepdims=True)
     errors = np.zeros((len(sigmas_t), len(sigmas_xy)))
     for piece in _pieces(stack, count, side):
         for j, sigma_xy in enumerate(sigmas_xy):
@@ -154,8 +144,8 @@ def svd_frames(
     frames show beyond it, since neighboring pixels may share noise. The kept components are smoothed; if they
     are not (both widths 0), their singular values are shrunk instead. The temporal mean is never blurred.
 
-    Stacks of more than 1500 frames, or of more than 1.5 GiB as float32, are done in temporal blocks that overlap by
-    an eighth and are faded into each other; memory is about one such block and the frames it was read from.
+    Stacks of more than 1500 frames, or more than 1.5 GiB as float32, are done in temporal blocks that overlap by an
+    eighth and fade into each other; memory is about one such block and the frames it was read from.
 
     Parameters
     ----------
@@ -164,7 +154,7 @@ def svd_frames(
     block : int
         Height and width of a block, pixels.
     sigma_t, sigma_xy : float
-        Small Gaussian on the kept components, frames and pixels.
+        Small Gaussian on the kept components, in frames and pixels.
     progress : function, optional
         Called with ("svd", blocks done, blocks in all).
 
@@ -226,38 +216,38 @@ def _svd_block(
 
 
 def _noise_excess(noisy: np.ndarray, deviation: np.ndarray, crops: list[Any], most: int = 25) -> float:
-    """How far the largest singular value of noise alone exceeds that of white noise; at least 1.
+    """How far the singular values of the noise reach beyond those of white noise; at least 1.
 
-    Differences of separate pairs of frames are noise without signal. The median over blocks passes over activity.
+    Differences of separate pairs of frames are noise without signal. Their third value is compared, since the first
+    two may be flicker or motion, and the median over blocks is taken, since some blocks are active.
     """
     pairs = len(noisy) // 2
-    found = []
+    third = []
     for index in np.unique(np.linspace(0, len(crops) - 1, min(most, len(crops))).astype(int)):
-        crop = crops[index]
-        cut = noisy[: 2 * pairs, *crop].astype(np.float32)
-        noise = ((cut[1::2] - cut[::2]) / (np.sqrt(np.float32(2)) * deviation[crop])).reshape(pairs, -1)
-        largest = np.linalg.svd(noise, compute_uv=False)[0]
-        found.append(largest / (np.sqrt(pairs) + np.sqrt(noise.shape[1])))
-    return max(1.0, float(np.median(found)))
+        cut = noisy[: 2 * pairs, *crops[index]].astype(np.float32)
+        noise = (cut[1::2] - cut[::2]) / (np.float32(np.sqrt(2)) * deviation[crops[index]])
+        third.append(np.linalg.svd(noise.reshape(pairs, -1), compute_uv=False)[:3][-1])
+    white = np.random.default_rng(0).standard_normal((pairs, deviation[crops[0]].size))
+    return max(1.0, float(np.median(third) / np.linalg.svd(white, compute_uv=False)[:3][-1]))
 
 
 def _components(white: np.ndarray, excess: float, shrink: bool) -> tuple[np.ndarray, np.ndarray]:
     """Split (T, N) with unit noise into time courses (T, k) and images (k, N), k components above the noise.
 
-    With ``shrink`` each singular value y (in units of the noise) becomes sqrt((y^2 - b - 1)^2 - 4 b) / y, which
-    undoes on average what the noise adds to it and to the directions of its vectors.
+    The bound on the squared singular values is the one that noise exceeds in about 1 % of blocks (Johnstone, Ann.
+    Statist. 29, 2001). With ``shrink`` each value y, in units of the noise, becomes sqrt((y^2 - b - 1)^2 - 4 b) / y,
+    which undoes on average what the noise adds to it and to the directions of its vectors.
     """
-    short, long = sorted(white.shape)
     tall = white.shape[0] >= white.shape[1]
     squares, vectors = np.linalg.eigh(white.T @ white if tall else white @ white.T)
-    ratio = short / long
-    values = np.sqrt(np.maximum(squares, 0) / long) / excess
-    kept = values > 1 + np.sqrt(ratio)
+    squares /= excess**2
+    short, long = sorted(np.sqrt(white.shape))
+    kept = squares > (short + long) ** 2 + 2 * (short + long) * (1 / short + 1 / long) ** (1 / 3)
     basis = vectors[:, kept]
     gain = np.ones(kept.sum(), dtype=np.float32)
     if shrink:
-        y = values[kept]
-        gain = (np.sqrt(np.maximum((y**2 - ratio - 1) ** 2 - 4 * ratio, 0)) / y**2).astype(np.float32)
+        y2, b = squares[kept] / long**2, (short / long) ** 2
+        gain = (np.sqrt(np.maximum((y2 - b - 1) ** 2 - 4 * b, 0)) / y2).astype(np.float32)
     if tall:
         return white @ basis * gain, basis.T
     return basis * gain, basis.T @ white
@@ -298,12 +288,6 @@ def _reflected(kernel: np.ndarray, times: np.ndarray, length: int) -> np.ndarray
         position = (times + offset) % (2 * length)
         weights[np.arange(len(times)), np.minimum(position, 2 * length - 1 - position)] += share
     return weights
-
-
-def _others_only(weights: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Take every frame's own weight away and scale the others up to one."""
-    weights[np.arange(len(times)), times] = 0
-    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _pieces(stack: Any, count: int, side: int) -> Iterator[np.ndarray]:

@@ -57,8 +57,8 @@ class ModelConfig(_Config):
     ffn_expansion_factor: float = 2.0
     last_level_channels: int = 32
     start: Literal["input", "filters"] = "input"
-    sigmas_t: tuple[float, ...] = (2.0, 6.0, 18.0)
-    sigmas_xy: tuple[float, ...] = (0.7, 1.5)
+    sigmas_t: tuple[float, ...] = (1.0, 3.0, 9.0, 27.0)
+    sigmas_xy: tuple[float, ...] = (0.6, 1.8)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

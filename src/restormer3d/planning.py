@@ -63,6 +63,22 @@ class Calibration:
     seconds_per_window: float
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """Where training starts, read once for many stacks.
+
+    Attributes
+    ----------
+    model : Restormer3D
+        From :func:`build_model`; every stack trains a copy.
+    weights : dict or None
+        What the sidecar says of the weights file.
+    """
+
+    model: Restormer3D
+    weights: dict[str, Any] | None
+
+
 def settings(
     recipe_name: Recipe = "default",
     weights: str | Path | None = None,
@@ -241,6 +257,14 @@ def fit_to_time(
     if inference_time > budget:
         note += "; even so the time will not suffice on this machine"
     return _replaced(chosen, training, inference), note
+
+
+def ends_in_time(
+    chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, seconds: float
+) -> bool:
+    """Whether what :func:`fit_to_time` chose ends within `seconds`, with a network that has been trained at all."""
+    trained = chosen.weights is not None or chosen.training.iterations > 0
+    return trained and count_windows(shape, chosen.inference) * calibration.seconds_per_window <= seconds * _SAFETY
 
 
 def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:

@@ -38,7 +38,7 @@ def pretrain(
     model_config: ModelConfig,
     *,
     simulate: int = 0,
-    scene_shape: tuple[int, int, int] = (256, 96, 96),
+    scene_shape: tuple[int, int, int] = (200, 80, 80),
     weights: Restormer3D | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,

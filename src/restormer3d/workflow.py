@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +23,11 @@ from restormer3d.model import Restormer3D
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.patches import TrainingStack, training_stack
 from restormer3d.planning import (
+    Pretrained,
     Settings,
     build_model,
     calibrate,
+    ends_in_time,
     estimate,
     fit_to_time,
     settings,
@@ -125,13 +128,31 @@ def denoise(
         seed=seed,
         blind_spot=blind_spot,
     )
-    source = stack if isinstance(stack, np.ndarray) else open_stack(stack)
-    check_stack(source)
+    if isinstance(stack, np.ndarray):
+        return denoise_array(stack, chosen, method=method, device=device, time_limit=time_limit, progress=progress)
+    with open_stack(stack) as source:
+        return denoise_array(
+            _readable(source), chosen, method=method, device=device, time_limit=time_limit, progress=progress
+        )
+
+
+def denoise_array(
+    stack: Any,
+    chosen: Settings,
+    *,
+    method: Method = "restormer3d",
+    device: str = "auto",
+    time_limit: float | None = None,
+    progress: Progress = _silent,
+    say: Say = _silent,
+) -> np.ndarray:
+    """Denoise a stack of shape (T, H, W) to an array; as :func:`denoise`, with settings put together before."""
+    check_stack(stack)
     seconds = None if time_limit is None else 60 * time_limit
-    result = _denoised(source, chosen, method, torch_device(device), seconds, progress, _silent)
-    output = np.empty(source.shape, source.dtype)
+    result = _denoised(stack, chosen, method, torch_device(device), seconds, progress, say)
+    output = np.empty(stack.shape, stack.dtype)
     for t, frame in enumerate(result.frames):
-        output[t] = to_dtype(frame, source.dtype)[0]
+        output[t] = to_dtype(frame, stack.dtype)[0]
     return output
 
 
@@ -145,6 +166,7 @@ def denoise_files(
     time_limit: float | None = None,
     overwrite: bool = False,
     save_weights_to: Path | None = None,
+    pretrained: Pretrained | None = None,
     progress: Progress = _silent,
     say: Say = _silent,
 ) -> dict[Path, Exception]:
@@ -161,11 +183,14 @@ def denoise_files(
     method, device
         As for :func:`denoise`.
     time_limit : float, optional
-        Minutes for all stacks together, shared by their sizes.
+        Minutes for all stacks together, shared by their sizes. A stack for which they suffice for no network at all is
+        denoised with the Gaussian filter.
     overwrite : bool
         Whether existing outputs are replaced.
     save_weights_to : Path, optional
         Where the weights trained on the (one) stack go.
+    pretrained : Pretrained, optional
+        The weights of `chosen`, if the caller has read them already.
     progress : function, optional
         Called with (stage, done, total).
     say : function, optional
@@ -186,7 +211,9 @@ def denoise_files(
             sizes = [path.stat().st_size if path.is_file() else 0 for path in list(targets)[number:]]
             share = (deadline - time.monotonic()) * max(1, sizes[0]) / max(1, sum(sizes))
         try:
-            _denoise_file(source, target, chosen, method, on, share, overwrite, save_weights_to, progress, say)
+            _denoise_file(
+                source, target, chosen, method, on, share, overwrite, save_weights_to, pretrained, progress, say
+            )
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failures[source] = error
             say(f"failed: {error}")
@@ -221,6 +248,7 @@ def _denoise_file(
     seconds: float | None,
     overwrite: bool,
     save_weights_to: Path | None,
+    pretrained: Pretrained | None,
     progress: Progress,
     say: Say,
 ) -> None:
@@ -231,7 +259,7 @@ def _denoise_file(
         say(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
         check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]))
         remaining = None if seconds is None else seconds - (time.monotonic() - started)
-        result = _denoised(_readable(stack), chosen, method, device, remaining, progress, say)
+        result = _denoised(_readable(stack), chosen, method, device, remaining, progress, say, pretrained)
         written = write_stack(
             target, result.frames, shape=stack.shape, dtype=stack.dtype, like=stack, overwrite=overwrite
         )
@@ -251,18 +279,24 @@ def _denoised(
     seconds: float | None,
     progress: Progress,
     say: Say,
+    pretrained: Pretrained | None = None,
 ) -> Denoised:
     """Train on a stack and hand over its denoised frames, still to be computed."""
     if method != "restormer3d":
         return _filtered(stack, method, say)
     started = time.monotonic()
     source, noise = _source(stack, chosen, say)
-    model = build_model(chosen)
+    model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
     calibration = calibrate(model, source, chosen, device)
     if seconds is not None:
-        chosen, note = fit_to_time(chosen, stack.shape, calibration, seconds - (time.monotonic() - started))
+        remaining = seconds - (time.monotonic() - started)
+        chosen, note = fit_to_time(chosen, stack.shape, calibration, remaining)
         if note:
             say(note)
+        if not ends_in_time(chosen, stack.shape, calibration, remaining):
+            say("no network in the time that is left: the stack is denoised with the Gaussian filter instead")
+            filtered = _filtered(stack, "gaussian", say)
+            return replace(filtered, record=filtered.record | {"instead_of_the_network": note})
     expected, memory = estimate(chosen, stack.shape, calibration, device)
     engine = ops.engine_for(device)
     say(
@@ -279,7 +313,7 @@ def _denoised(
             "training": chosen.training.model_dump(),
             "inference": chosen.inference.model_dump(),
         },
-        "weights": weights_record(chosen),
+        "weights": pretrained.weights if pretrained else weights_record(chosen),
         "seed": chosen.training.seed,
         "device": str(device),
         "engine": engine,

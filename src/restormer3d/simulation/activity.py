@@ -20,8 +20,8 @@ class Indicator:
     saturation: float
 
 
-# Rounded from the single-spike responses published with each sensor (Chen et al. 2013; Dana et al. 2016 and 2019;
-# Zhang et al. 2023); individual cells vary around them.
+# Of the order published with each sensor for single spikes (Chen et al. 2013; Dana et al. 2016 and 2019; Zhang et al.
+# 2023); individual cells vary around them.
 INDICATORS = {
     "gcamp6s": Indicator(0.070, 0.80, 0.35, 14.0),
     "gcamp6m": Indicator(0.040, 0.40, 0.20, 12.0),

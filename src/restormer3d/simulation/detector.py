@@ -1,4 +1,4 @@
-"""The noise of a microscope: Poisson-Gaussian, optionally correlated between neighbouring pixels.
+"""The noise of a microscope: Poisson-Gaussian, optionally correlated between neighboring pixels.
 
 Every frame has its own random stream, keyed by (seed, frame): a recording is the same in whatever blocks it is read.
 """
@@ -46,7 +46,7 @@ def add_noise(
     rng : numpy.random.Generator
         Source of randomness.
     correlation : (float, float)
-        Correlation of the noise of neighbours along x and along y, from 0 to below 0.5: a detector or amplifier
+        Correlation of the noise of neighbors along x and along y, from 0 to below 0.5: a detector or amplifier
         slower than the pixel clock. The variance stays, pixels two apart are uncorrelated.
     line_noise : float
         Standard deviation in ADU of an offset that all pixels of a row share.
@@ -86,7 +86,7 @@ def check_detector(
 
 
 def correlate_neighbors(noise: np.ndarray, correlation: float, axis: int) -> np.ndarray:
-    """Mix each value with its predecessor along `axis` so that neighbours correlate and the variance stays.
+    """Mix each value with its predecessor along `axis` so that neighbors correlate and the variance stays.
 
     The filter (1, b) / sqrt(1 + b^2) has correlation b / (1 + b^2) at lag 1 and none beyond.
     """
@@ -96,7 +96,7 @@ def correlate_neighbors(noise: np.ndarray, correlation: float, axis: int) -> np.
     return ((noise + b * np.roll(noise, 1, axis)) / np.sqrt(1 + b**2)).astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoisyScene:
     """What a microscope records of a scene: a lazy stack (T, H, W), each frame with noise of its own.
 

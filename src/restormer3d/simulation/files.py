@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from restormer3d.simulation.detector import NoisyScene, as_int16
+from restormer3d.simulation.detector import INT16, NoisyScene
 from restormer3d.simulation.scene import Scene
 
 FRAMES_AT_ONCE = 16
@@ -62,9 +62,8 @@ def write_scene(
             raise FileExistsError(f"{path} exists; choose another directory or allow overwriting")
     Path(directory).mkdir(parents=True, exist_ok=True)
     scene = noisy.scene
-    int16 = np.dtype(np.int16)
-    write_stack(paths["clean"], frames_of(scene), shape=scene.shape, dtype=int16, overwrite=overwrite)
-    write_stack(paths["noisy"], frames_of(noisy), shape=noisy.shape, dtype=int16, overwrite=overwrite)
+    write_stack(paths["clean"], blocks_of(scene), shape=scene.shape, dtype=INT16, overwrite=overwrite)
+    write_stack(paths["noisy"], blocks_of(noisy), shape=noisy.shape, dtype=INT16, overwrite=overwrite)
     mask_shape = (1, *scene.masks.shape)
     write_stack(paths["masks"], [scene.masks], shape=mask_shape, dtype=scene.masks.dtype, overwrite=overwrite)
     write_traces(paths["traces"], scene)
@@ -72,10 +71,10 @@ def write_scene(
     return paths
 
 
-def frames_of(stack: Scene | NoisyScene) -> Iterator[np.ndarray]:
-    """Yield the frames (H, W) as int16, rendered a few at a time."""
+def blocks_of(stack: Scene | NoisyScene) -> Iterator[np.ndarray]:
+    """Yield the frames in blocks (n, H, W), rendered when they are asked for."""
     for start in range(0, stack.shape[0], FRAMES_AT_ONCE):
-        yield from as_int16(stack[start : start + FRAMES_AT_ONCE])
+        yield stack[start : start + FRAMES_AT_ONCE]
 
 
 def write_traces(path: Path, scene: Scene) -> None:

@@ -79,7 +79,7 @@ def simulate_scene(shape: tuple[int, int, int], *, seed: int, **parameters: Any)
     return with_rois(scene, anatomy.masks, len(anatomy.cell_brightness))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anatomy:
     """What stands still on the canvas; source n is cell n of `cell_brightness` and ROI n + 1 of `masks`."""
 

@@ -23,7 +23,7 @@ class SceneParameters:
     cell_radius_px : float
         Mean radius of cell bodies: the magnification. Cells differ by 20 % from it, every other length scales with it.
     cell_density : float
-        Share of the area that labelled cell bodies in the plane cover.
+        Share of the area that labeled cell bodies in the plane cover.
     donut_fraction : float
         Share of cells with a dark nucleus.
     brightness_spread : float
@@ -62,10 +62,10 @@ class SceneParameters:
     neuropil_modes: int = 5
     vessel_density: float = 0.2
     vignetting: float = 0.3
-    bout_rate_hz: float = 0.1
-    bout_s: float = 4.5
+    bout_rate_hz: float = 0.09
+    bout_s: float = 4.0
     silent_fraction: float = 0.25
-    bursting_fraction: float = 0.2
+    bursting_fraction: float = 0.1
     mean_adu: float = 191.0
     contrast: float = 1.2
     motion_px: float = 0.0

@@ -15,7 +15,7 @@ from restormer3d.simulation.parameters import SceneParameters
 from restormer3d.simulation.structures import Footprint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A simulated clean recording: a lazy stack (T, H, W) of float32 in ADU that is rendered where it is sliced.
 
@@ -26,7 +26,7 @@ class Scene:
     masks : ndarray, shape (H, W), uint16
         Outlines of the cell bodies at their mean position: 0 outside, n for ROI n.
     traces : ndarray, shape (n_rois, T), float32
-        Each ROI's own fluorescence in ADU, averaged over its mask, without neuropil and neighbours.
+        Each ROI's own fluorescence in ADU, averaged over its mask, without neuropil and neighbors.
     parameters : SceneParameters
         What the scene was drawn from.
     seed : int
@@ -88,7 +88,8 @@ class Scene:
             weights: np.ndarray = footprint.weights[max(-y, 0) : bottom - top - y, max(-x, 0) : right - left - x]
             trace = self.source_traces[footprint.source, times.start : times.stop]
             block[:, max(y, 0) : y_end, max(x, 0) : x_end] += trace[:, None, None] * weights
-        return block * self.brightness[times.start : times.stop, None, None]
+        block *= self.brightness[times.start : times.stop, None, None]
+        return np.maximum(block, 0, out=block)
 
 
 def parse_index(index: Any, shape: tuple[int, int, int]) -> tuple[tuple[range, range, range], bool]:
@@ -99,8 +100,8 @@ def parse_index(index: Any, shape: tuple[int, int, int]) -> tuple[tuple[range, r
     IndexError
         If the frame does not exist, a step is not 1 or rows and columns are not slices.
     """
-    parts = index if isinstance(index, tuple) else (index,)
-    if len(parts) > 3 or not all(isinstance(part, slice) for part in parts[1:]):
+    parts: tuple[Any, ...] = (*index,) if isinstance(index, tuple) else (index,)
+    if not 1 <= len(parts) <= 3 or not all(isinstance(part, slice) for part in parts[1:]):
         raise IndexError(f"expected stack[t], stack[a:b] or stack[a:b, y0:y1, x0:x1], got {index!r}")
     squeeze = not isinstance(parts[0], slice)
     first = frame_slice(int(parts[0]), shape[0]) if squeeze else parts[0]

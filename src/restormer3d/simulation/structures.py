@@ -13,7 +13,7 @@ import numpy as np
 CELL_REACH = 2.5  # a cell body's box extends this many radii from its center: the halo has faded there
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Footprint:
     """A box of weights at (top, left) of the canvas that follows the time course of one source."""
 
@@ -172,7 +172,7 @@ def vignette(rng: np.random.Generator, shape: tuple[int, int], strength: float) 
 def baseline_texture(
     rng: np.random.Generator, shape: tuple[int, int], radius_px: float, roughness: float
 ) -> np.ndarray:
-    """Static neuropil fluorescence (H, W), mean about 1: log-normal on three scales, with dark unlabelled cells."""
+    """Static neuropil fluorescence (H, W), mean about 1: log-normal on three scales, with dark unlabeled cells."""
     log_texture = np.zeros(shape, dtype=np.float32)
     for scale, share in ((12.0, 0.55), (2.5, 0.35), (0.6, 0.25)):
         log_texture += roughness * share * smooth_field(rng, shape, scale * radius_px)

@@ -16,7 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from restormer3d.ops.cpu.loops import SUM_COLUMNS, SUM_ROWS, TILE_ROWS, gate, gate_backward, normalize, normalize_backward
+from restormer3d.ops.cpu.loops import add_multiple, add_squares, SUM_COLUMNS, SUM_ROWS, TILE_ROWS, gate, gate_backward, normalize, normalize_backward
 from restormer3d.ops.cpu.simd import LANES
 from restormer3d.ops.cpu.strips import (
     bounds,
@@ -106,7 +106,7 @@ def gdfn_backward(x: Any, grad: Any, w_in: Any, taps: Any, w_out_t: Any, rows: i
                 push_projected(x, b, t, h0, rows, w_in, ring, tile, statistics)
                 if t <= first:
                     continue
-                load(grad, b, t - 1, h0, rows, gradient, narrow)
+                load(grad, b, t - 1, h0, rows, gradient, 0, narrow)
                 matrix_product(w_out_t, gradient, 0, narrow, gated, 0, narrow, columns)
                 for c in range(hidden):
                     convolve(ring, 2 * hidden, c, t - 1, rows, width, taps, pair, 0)
@@ -164,10 +164,7 @@ def mdta_forward(x: Any, value: Any, w_qkv: Any, taps: Any, heads: int, rows: in
                     convolve(ring, 3 * channels, c, t - 1, rows, width, taps, qk, c * narrow)
                 clear_borders(qk, 2 * channels, narrow, valid, width)
                 for c in range(2 * channels):
-                    total = np.float32(0)
-                    for i in range(c * narrow, c * narrow + columns):
-                        total += qk[i] * qk[i]
-                    squares[thread, b, c] += total
+                    add_squares(qk, c * narrow, columns, squares[thread, b], c)
                 for head in range(heads):
                     keys = (channels + head * size) * narrow
                     transpose_tile(qk, keys, narrow, size, columns, keys_t, round_up(size, SUM_COLUMNS))
@@ -198,7 +195,7 @@ def mdta_backward(x: Any, grad: Any, w_qkv: Any, taps: Any, from_keys: Any, from
                 for c in range(2 * channels):
                     convolve(ring, 3 * channels, c, t - 1, rows, width, taps, qk, c * narrow)
                 clear_borders(qk, 2 * channels, narrow, valid, width)
-                load(grad, b, t - 1, h0, rows, gradient, narrow)
+                load(grad, b, t - 1, h0, rows, gradient, 0, narrow)
                 for head in range(heads):
                     queries, keys = head * size * narrow, (channels + head * size) * narrow
                     matrix_product(from_keys[b, head], qk, keys, narrow, out, queries, narrow, columns)
@@ -207,9 +204,7 @@ def mdta_backward(x: Any, grad: Any, w_qkv: Any, taps: Any, from_keys: Any, from
                     matrix_product(from_queries[b, head], qk, queries, narrow, out, keys, narrow, columns)
                 matrix_product(from_grad[b], gradient, 0, narrow, out, 2 * channels * narrow, narrow, columns)
                 for c in range(2 * channels):
-                    factor = own[b, c]
-                    for i in range(c * narrow, c * narrow + columns):
-                        out[i] += factor * qk[i]
+                    add_multiple(qk, own[b], c, out, c * narrow, columns)
                 for c in range(3 * channels):
                     correlate(ring, 3 * channels, c, t - 1, rows, width, out, c * narrow, tap_sums[thread], c * 27 * LANES)
                     store(out, c * narrow, hidden_grad, b, c, t - 1, h0, valid)
@@ -252,7 +247,7 @@ def project_backward(x: Any, grad: Any, hidden_grad: Any, weight_t: Any, taps: A
                 for c in range(hidden):
                     convolve(ring, hidden, c, t - 1, rows, width, taps, inner, c * narrow)
                 clear_borders(inner, hidden, narrow, valid, width)
-                load(x, b, t - 1, h0, rows, tile, narrow)
+                load(x, b, t - 1, h0, rows, tile, 0, narrow)
                 normalize(tile, narrow, channels, columns, statistics)
                 transpose_tile(tile, 0, narrow, channels, columns, transposed, round_up(channels, SUM_COLUMNS))
                 sum_product(inner, 0, narrow, transposed, sums[thread], hidden, round_up(channels, SUM_COLUMNS), columns)

@@ -222,6 +222,62 @@ def normalize_backward(e: Emitter, x: Any, grad: Any, stride: Any, channels: Any
 
 
 @vector_loop
+def clear(e: Emitter, x: Any, i: Any, count: Any) -> None:
+    """Set ``count`` floats to zero."""
+    for lanes, k in e.spans(count):
+        e.store(e.constant(0.0, lanes), e.at(x, e.plus(i, k)))
+
+
+@vector_loop
+def load_rows(e: Emitter, src: Any, i: Any, dst: Any, io: Any, rows: Any, width: Any) -> None:
+    """Copy successive rows of an image into a tile, a zero before each."""
+    with e.loop(rows) as r:
+        source, target = e.at(src, e.plus(i, e.times(r, width))), e.at(dst, e.plus(io, e.times(r, e.plus(width, 1))))
+        e.store(e.constant(0.0, 1), target)
+        for lanes, w in e.spans(width):
+            e.store(e.load(e.at(source, w), lanes), e.at(e.at(target, 1), w))
+
+
+@vector_loop
+def store_rows(e: Emitter, src: Any, i: Any, dst: Any, io: Any, rows: Any, width: Any) -> None:
+    """Copy rows of a tile to successive rows of an image."""
+    with e.loop(rows) as r:
+        source, target = e.at(src, e.plus(i, e.times(r, e.plus(width, 1)))), e.at(dst, e.plus(io, e.times(r, width)))
+        for lanes, w in e.spans(width):
+            e.store(e.load(e.at(e.at(source, 1), w), lanes), e.at(target, w))
+
+
+@vector_loop
+def store_row_sums(e: Emitter, src: Any, i: Any, add: Any, dst: Any, io: Any, rows: Any, width: Any) -> None:
+    """Write rows of a tile plus the same rows of the image ``add``."""
+    with e.loop(rows) as r:
+        source, position = e.at(src, e.plus(i, e.times(r, e.plus(width, 1)))), e.plus(io, e.times(r, width))
+        for lanes, w in e.spans(width):
+            other = e.load(e.at(e.at(add, position), w), lanes)
+            e.store(e.add(e.load(e.at(e.at(source, 1), w), lanes), other), e.at(e.at(dst, position), w))
+
+
+@vector_loop
+def add_squares(e: Emitter, x: Any, i: Any, columns: Any, out: Any, io: Any) -> None:
+    """Add the sum of squares to ``out[io]``."""
+    total = e.variable(e.constant(0.0))
+    with e.loop(columns, step=LANES) as j:
+        value = e.load(e.at(x, e.plus(i, j)))
+        e.set(total, e.fma(value, value, e.get(total)))
+    target = e.at(out, io)
+    e.store(e.add(e.sum_lanes(e.get(total)), e.load(target, 1)), target)
+
+
+@vector_loop
+def add_multiple(e: Emitter, x: Any, factors: Any, k: Any, out: Any, i: Any, columns: Any) -> None:
+    """Add ``factors[k] * x`` to ``out``, both from offset i on."""
+    factor = e.broadcast(e.at(factors, k))
+    with e.loop(columns, step=LANES) as j:
+        target = e.at(out, e.plus(i, j))
+        e.store(e.fma(factor, e.load(e.at(x, e.plus(i, j))), e.load(target)), target)
+
+
+@vector_loop
 def transpose(e: Emitter, x: Any, ix: Any, stride: Any, out: Any, io: Any, out_stride: Any) -> None:
     """Write the transpose of a block of LANES channels and LANES columns."""
     rows = [e.load(e.at(x, e.plus(ix, e.times(stride, c)))) for c in range(LANES)]

@@ -43,8 +43,8 @@ class Emitter:
     def __init__(self, builder: Any) -> None:
         self.builder = builder
 
-    def constant(self, value: float) -> Any:
-        return ir.Constant(_VECTOR, [ir.Constant(_FLOAT, float(value))] * LANES)
+    def constant(self, value: float, lanes: int = LANES) -> Any:
+        return ir.Constant(ir.VectorType(_FLOAT, lanes), [ir.Constant(_FLOAT, float(value))] * lanes)
 
     def at(self, pointer: Any, offset: Any) -> Any:
         """Return ``pointer + offset``, in elements."""
@@ -56,11 +56,12 @@ class Emitter:
     def times(self, a: Any, b: Any) -> Any:
         return self.builder.mul(a, _INT(b) if isinstance(b, int) else b)
 
-    def load(self, pointer: Any) -> Any:
-        return self.builder.load(self.builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+    def load(self, pointer: Any, lanes: int = LANES) -> Any:
+        kind = ir.VectorType(_FLOAT, lanes).as_pointer()
+        return self.builder.load(self.builder.bitcast(pointer, kind), align=4)
 
     def store(self, value: Any, pointer: Any) -> None:
-        self.builder.store(value, self.builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+        self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer()), align=4)
 
     def splat(self, scalar: Any, kind: Any = _VECTOR) -> Any:
         """Return the vector that holds ``scalar`` in every lane."""
@@ -136,6 +137,22 @@ class Emitter:
 
     def set(self, slot: Any, value: Any) -> None:
         self.builder.store(value, slot)
+
+    def sum_lanes(self, a: Any) -> Any:
+        """Return the sum of a vector's lanes as a vector of one lane."""
+        total = self.builder.extract_element(a, ir.IntType(32)(0))
+        for lane in range(1, LANES):
+            total = self.builder.fadd(total, self.builder.extract_element(a, ir.IntType(32)(lane)))
+        return self.builder.insert_element(self.constant(0.0, 1), total, ir.IntType(32)(0))
+
+    def spans(self, count: Any) -> Iterator[tuple[int, Any]]:
+        """Emit loops over ``range(count)`` in ever smaller steps; yields the lanes of a step and its first index."""
+        start = _INT(0)
+        for lanes in (LANES, 4, 1):
+            stop = self.times(self.builder.udiv(count, _INT(lanes)), lanes)
+            with self.loop(stop, start, lanes) as index:
+                yield lanes, index
+            start = stop
 
     @contextmanager
     def loop(self, stop: Any, start: Any = None, step: int = 1) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from restormer3d.ops.cpu.loops import TILE_ROWS, depthwise, depthwise_weight_gradient, normalize
+from restormer3d.ops.cpu.loops import TILE_ROWS, clear, depthwise, depthwise_weight_gradient, normalize
 from restormer3d.ops.cpu.simd import LANES
 from restormer3d.ops.cpu.tiles import compiled, load, matrix_product, round_up
 
@@ -43,15 +43,15 @@ def clear_unused(ring: Any, channels: int, rows: int, width: int) -> None:
     stride = strides(rows, width)[0]
     size = round_up(channels, TILE_ROWS) * stride
     for slot in range(3):
-        ring[slot * size + channels * stride : (slot + 1) * size] = 0
-    ring[3 * size :] = 0
+        clear(ring, slot * size + channels * stride, size - channels * stride)
+    clear(ring, 3 * size, ring.size - 3 * size)
 
 
 @compiled
 def push(src: Any, b: int, t: int, h0: int, rows: int, ring: Any) -> None:
     """Put frame t of ``src``, with one row above and below, into the ring."""
     stride = strides(rows, src.shape[4])[0]
-    load(src, b, t, h0 - 1, rows + 2, ring[(t + 3) % 3 * round_up(src.shape[1], TILE_ROWS) * stride :], stride)
+    load(src, b, t, h0 - 1, rows + 2, ring, (t + 3) % 3 * round_up(src.shape[1], TILE_ROWS) * stride, stride)
 
 
 @compiled
@@ -61,11 +61,11 @@ def push_projected(x: Any, b: int, t: int, h0: int, rows: int, weight: Any, ring
     stride = strides(rows, x.shape[4])[0]
     slot = (t + 3) % 3 * weight.shape[0] * stride
     if 0 <= t < x.shape[2]:
-        load(x, b, t, h0 - 1, rows + 2, tile, stride)
+        load(x, b, t, h0 - 1, rows + 2, tile, 0, stride)
         normalize(tile, stride, channels, stride, statistics)
         matrix_product(weight, tile, 0, stride, ring, slot, stride, stride)
     else:
-        ring[slot : slot + weight.shape[0] * stride] = 0
+        clear(ring, slot, weight.shape[0] * stride)
 
 
 @compiled

@@ -9,7 +9,7 @@ from typing import Any
 
 import numba
 from restormer3d.ops.cpu.simd import LANES
-from restormer3d.ops.cpu.loops import SUM_COLUMNS, SUM_ROWS, TILE_ROWS, sum_tile, tile1, tile2, tile3, transpose
+from restormer3d.ops.cpu.loops import clear, load_rows, store_row_sums, store_rows, SUM_COLUMNS, SUM_ROWS, TILE_ROWS, sum_tile, tile1, tile2, tile3, transpose
 
 compiled = numba.njit(fastmath={"contract", "reassoc", "nsz"}, nogil=True, cache=True)
 
@@ -36,48 +36,33 @@ def part(scratch: Any, sizes: Any, index: int) -> Any:
 
 
 @compiled
-def load(src: Any, b: int, t: int, h0: int, rows: int, dst: Any, stride: int) -> None:
+def load(src: Any, b: int, t: int, h0: int, rows: int, dst: Any, i: int, stride: int) -> None:
     """Copy rows ``h0…h0+rows`` of frame t of every channel into a tile; what lies outside of the tensor is zero."""
     channels, frames, height, width = src.shape[1:]
     pitch = width + 1
+    above = max(0, -h0)
+    inside = min(rows, height - h0) - above if 0 <= t < frames else 0
     for c in range(channels):
-        base = c * stride
-        for r in range(rows):
-            h = h0 + r
-            start = base + r * pitch
-            dst[start] = 0
-            if 0 <= t < frames and 0 <= h < height:
-                line = src[b, c, t, h]
-                for w in range(width):
-                    dst[start + 1 + w] = line[w]
-            else:
-                for w in range(width):
-                    dst[start + 1 + w] = 0
-        for i in range(base + rows * pitch, base + stride):
-            dst[i] = 0
+        base = i + c * stride
+        clear(dst, base, above * pitch)
+        first = base + above * pitch
+        load_rows(src, (((b * channels + c) * frames + t) * height + h0 + above) * width, dst, first, inside, width)
+        clear(dst, first + inside * pitch, base + stride - first - inside * pitch)
 
 
 @compiled
 def store(src: Any, i: int, dst: Any, b: int, c: int, t: int, h0: int, rows: int) -> None:
     """Copy ``rows`` rows of one channel of a tile into frame t of the tensor."""
-    width = dst.shape[4]
-    for r in range(rows):
-        line = dst[b, c, t, h0 + r]
-        start = i + r * (width + 1) + 1
-        for w in range(width):
-            line[w] = src[start + w]
+    channels, frames, height, width = dst.shape[1:]
+    store_rows(src, i, dst, (((b * channels + c) * frames + t) * height + h0) * width, rows, width)
 
 
 @compiled
 def store_sum(src: Any, stride: int, add: Any, dst: Any, b: int, t: int, h0: int, rows: int) -> None:
     """Write ``add`` plus the tile into frame t of the tensor, every channel."""
-    channels, width = dst.shape[1], dst.shape[4]
+    channels, frames, height, width = dst.shape[1:]
     for c in range(channels):
-        for r in range(rows):
-            line, other = dst[b, c, t, h0 + r], add[b, c, t, h0 + r]
-            start = c * stride + r * (width + 1) + 1
-            for w in range(width):
-                line[w] = other[w] + src[start + w]
+        store_row_sums(src, c * stride, add, dst, (((b * channels + c) * frames + t) * height + h0) * width, rows, width)
 
 
 @compiled
@@ -87,9 +72,8 @@ def clear_borders(tile: Any, channels: int, stride: int, rows: int, width: int) 
     for c in range(channels):
         base = c * stride
         for r in range(rows):
-            tile[base + r * pitch] = 0
-        for i in range(base + rows * pitch, base + stride):
-            tile[i] = 0
+            clear(tile, base + r * pitch, 1)
+        clear(tile, base + rows * pitch, stride - rows * pitch)
 
 
 @compiled

@@ -1,0 +1,248 @@
+"""One job of the platform: every stack of the input socket is denoised into the output socket.
+
+Whatever happens to one stack, the others' results are handed over; whatever the machine's speed, each stack gets a
+result before its share of the time is over.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from restormer3d.challenge.images import denoised_mha, set_resolution_unit
+from restormer3d.checkpoint import shipped_weights
+from restormer3d.planning import Pretrained, Settings, build_model, settings, torch_device
+from restormer3d.sidecar import weights_record
+from restormer3d.workflow import denoise_files
+
+Say = Callable[[str], None]
+Watch = Callable[[str, int, int], None]
+
+INPUT_SOCKET = "stacked-neuron-images-with-noise"
+OUTPUT_SOCKET = "stacked-neuron-images-with-reduced-noise"
+SUFFIXES = (".tif", ".tiff", ".mha")
+RECORDS = "restormer3d"  # folder in the output folder; a socket's own folder may hold nothing but images
+
+# What one stack may run into without taking the others along.
+FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
+
+_TARDINESS = 0.1  # share of a time limit by which the network may end late before it is given up
+_EVIDENCE = 0.02  # share of a time limit after which the pace of a stage counts
+
+
+class JobError(ValueError):
+    """An input folder that is not as the platform lays it out; the message says what was found."""
+
+
+class TooSlowError(RuntimeError):
+    """The network falls behind its plan: it would end after the time limit."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is read once for all jobs of a process.
+
+    Attributes
+    ----------
+    chosen : Settings
+        Of every stack.
+    pretrained : Pretrained
+        The weights that every stack starts from.
+    device : torch.device
+        Where to compute.
+    """
+
+    chosen: Settings
+    pretrained: Pretrained
+    device: torch.device
+
+
+def load(model: Path, iterations: int | None, config: Path | None, say: Say, warn: Say) -> Loaded:
+    """Read the weights: of the model folder if it has any, else of the package; else training starts from scratch.
+
+    Raises
+    ------
+    ValueError
+        If the weights or a setting cannot be used; the message names them.
+    """
+    weights = find_weights(model)
+    if weights is None:
+        found = f"{model} holds no *.safetensors" if model.is_dir() else f"there is no folder {model}"
+        rest = "the weights in the package are used" if shipped_weights() else "training starts from scratch"
+        warn(f"{found}: {rest}")
+    chosen = settings(weights=weights, iterations=iterations, config_file=config)
+    device = torch_device("auto")
+    loaded = Loaded(chosen, Pretrained(build_model(chosen), weights_record(chosen)), device)
+    say(f"ready on {device}, weights: {chosen.weights or 'none'}")
+    return loaded
+
+
+def find_weights(model: Path) -> Path | None:
+    """Return the first weights file by name in a folder or below it, where the platform unpacks the model's tarball."""
+    found = (path for path in model.rglob("*.safetensors") if path.is_file() and not path.name.startswith("."))
+    return min(found, key=lambda path: (path.name, path), default=None)
+
+
+def run_job(
+    loaded: Loaded, input_folder: Path, output_folder: Path, minutes: float, started: float, say: Say, warn: Say
+) -> dict[str, str]:
+    """Denoise every stack of the input socket.
+
+    Parameters
+    ----------
+    loaded : Loaded
+        From :func:`load`; left as it is.
+    input_folder, output_folder : Path
+        Of the platform: /input and /output.
+    minutes : float
+        Time limit of the job, shared by the stacks' sizes.
+    started : float
+        When the time began, by `time.monotonic`.
+    say, warn : function
+        Called with a line of log, and with a line that somebody should see.
+
+    Returns
+    -------
+    dict of str to str
+        Names of the stacks that failed, and one line of reason for each; empty if all went well.
+
+    Raises
+    ------
+    JobError
+        If there is no stack to denoise.
+    """
+    failures: dict[str, str] = {}
+    sources = input_files(input_folder, warn)
+    deadline = started + 60 * minutes
+    for number, source in enumerate(sources):
+        try:
+            sizes = [path.stat().st_size for path in sources[number:]]
+            seconds = (deadline - time.monotonic()) * max(1, sizes[0]) / max(1, sum(sizes))
+            denoise_one(loaded, source, output_folder, seconds, say)
+        except FAILURES as error:
+            failures[source.name] = one_line(error)
+    return failures
+
+
+def input_files(folder: Path, warn: Say) -> list[Path]:
+    """Return the stacks of the input socket, in the order of their names.
+
+    Raises
+    ------
+    JobError
+        If there are none.
+    """
+    place = folder / _socket_path(folder / "inputs.json")
+    if not place.exists():
+        beside = ", ".join(sorted(path.name for path in place.parent.glob("*"))) or "nothing"
+        raise JobError(f"{place}: no such folder: the socket {INPUT_SOCKET} is missing, found {beside} in its place")
+    entries = [place] if place.is_file() else sorted(place.iterdir())
+    visible = [path for path in entries if not path.name.startswith(".")]
+    stacks = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
+    others = ", ".join(path.name for path in visible if path not in stacks)
+    if not stacks:
+        raise JobError(f"{place}: expected *.tif, *.tiff or *.mha files, found {others or 'an empty folder'}")
+    if others:
+        warn(f"left out, being neither *.tif nor *.tiff nor *.mha: {others}")
+    return stacks
+
+
+def _socket_path(inputs: Path) -> str:
+    """Where the input socket's files lie in the input folder, as inputs.json says if there is one."""
+    usual = f"images/{INPUT_SOCKET}"
+    if not inputs.exists():
+        return usual
+    try:
+        entries = json.loads(inputs.read_text())
+        # The platform calls it a socket now; it was called an interface.
+        slugs = [(entry.get("socket") or entry["interface"])["slug"] for entry in entries]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise JobError(f"{inputs}: expected a JSON list of sockets with their slugs ({one_line(error)})") from error
+    if INPUT_SOCKET not in slugs:
+        raise JobError(f"{inputs}: expected the socket {INPUT_SOCKET}, found {', '.join(map(str, slugs)) or 'none'}")
+    entry = entries[slugs.index(INPUT_SOCKET)]
+    described = entry.get("socket") or entry["interface"]
+    return str(entry.get("relative_path") or described.get("relative_path") or usual).lstrip("/")
+
+
+def denoise_one(loaded: Loaded, source: Path, output_folder: Path, seconds: float, say: Say) -> None:
+    """Denoise one stack to the file of the same name in the output socket, with its sidecar outside of the socket."""
+    target = output_folder / "images" / OUTPUT_SOCKET / source.name
+    if source.suffix.lower() == ".mha":
+        with denoised_mha(source, target) as (noisy, denoised):
+            _denoise_tiff(loaded, noisy, denoised, seconds, say)
+            record = _take_sidecar(denoised) | {"original": {"input": str(source), "output": str(target)}}
+    else:
+        _denoise_tiff(loaded, source, target, seconds, say)
+        set_resolution_unit(target)
+        record = _take_sidecar(target)
+    records = output_folder / RECORDS
+    records.mkdir(parents=True, exist_ok=True)
+    (records / f"{source.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _take_sidecar(target: Path) -> dict[str, Any]:
+    """Remove the sidecar beside a result and return what it says."""
+    sidecar = target.with_name(target.name + ".json")
+    record = json.loads(sidecar.read_text())
+    sidecar.unlink()
+    return record
+
+
+def _denoise_tiff(loaded: Loaded, source: Path, target: Path, seconds: float, say: Say) -> None:
+    """Denoise one TIFF file: by the network, or by the Gaussian filter if the network turns out to be too slow."""
+    failures = denoise_files(
+        [source],
+        target,
+        loaded.chosen,
+        method="restormer3d" if seconds > 0 else "gaussian",
+        device=str(loaded.device),
+        time_limit=seconds / 60,
+        overwrite=True,
+        pretrained=loaded.pretrained,
+        progress=watch(seconds, say),
+        say=say,
+    )
+    if isinstance(failures.get(source), TooSlowError):
+        say(f"{source.name}: too slow for the network: denoised with the Gaussian filter instead")
+        failures = denoise_files([source], target, loaded.chosen, method="gaussian", overwrite=True, say=say)
+    if failures:
+        raise failures[source]
+
+
+def watch(seconds: float, say: Say) -> Watch:
+    """Make a progress function that logs every tenth of a stage, and gives up a network that is too slow.
+
+    The plan of a job comes from a calibration of a few seconds. If the machine gets slower after it, the network would
+    run into the platform's wall, and there would be no result at all.
+    """
+    started = time.monotonic()
+    first: dict[str, tuple[float, int]] = {}  # time and steps of a stage when it was first heard of
+    last: dict[str, int] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "check":
+            return
+        now = time.monotonic()
+        since, before = first.setdefault(stage, (now, done))
+        if 10 * done // total > 10 * last.get(stage, 0) // total:
+            say(f"{stage}: {done} of {total}, {now - started:.0f} s")
+        last[stage] = done
+        if done == before or now - since < _EVIDENCE * seconds:
+            return
+        end = now - started + (now - since) / (done - before) * (total - done)
+        if end > seconds * (1 + _TARDINESS):
+            raise TooSlowError(f"{stage}: {done} of {total}: the network would end after {end / 60:.1f} min")
+
+    return progress
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,116 @@
+"""Scores of files: against a clean stack where there is one, from the recording itself where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from restormer3d.metrics import evaluate_stacks
+from restormer3d.planning import Settings
+from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
+from restormer3d.stacks import StackError, TiffStack, open_stack
+from restormer3d.workflow import Method, Progress, Say, denoise_array
+
+
+def evaluate(
+    denoised: Path, *, clean: Path, noisy: Path | None = None, masks: Path | None = None, frame_rate_hz: float = 30.0
+) -> dict[str, float]:
+    """Score a denoised stack against the clean one.
+
+    Parameters
+    ----------
+    denoised, clean : Path
+        TIFF files of the same shape.
+    noisy : Path, optional
+        The recording: its scores are added as `noisy_...`.
+    masks : Path, optional
+        A TIFF image (H, W) with 0 outside and n in ROI n: scores of the ROIs' events are added.
+    frame_rate_hz : float
+        Frames per second, for rise and decay times.
+
+    Returns
+    -------
+    dict of str to float
+        See :func:`restormer3d.metrics.evaluate_stacks`.
+
+    Raises
+    ------
+    StackError
+        If a file cannot be read or the shapes differ.
+    """
+    with open_stack(clean) as truth, open_stack(denoised) as result:
+        _same_shape(truth, result)
+        if noisy is None:
+            return evaluate_stacks(truth, result, masks=_read_masks(masks), frame_rate_hz=frame_rate_hz)
+        with open_stack(noisy) as recording:
+            _same_shape(truth, recording)
+            return evaluate_stacks(
+                truth, result, noisy=recording, masks=_read_masks(masks), frame_rate_hz=frame_rate_hz
+            )
+
+
+def evaluate_real(
+    noisy: Path,
+    chosen: Settings,
+    methods: list[Method],
+    *,
+    device: str = "auto",
+    time_limit: float | None = None,
+    progress: Progress,
+    say: Say,
+) -> dict[str, dict[str, Any]]:
+    """Score methods on a recording without ground truth, by frames that they never saw.
+
+    Each method denoises the even frames only; the odd ones, predicted by interpolation, are compared with what was
+    recorded. The noise is independent between frames, so the error is the noise's variance plus the method's error:
+    differences between methods are unbiased.
+
+    Parameters
+    ----------
+    noisy : Path
+        The recording.
+    chosen : Settings
+        Of the network.
+    methods : list of str
+        What to compare.
+    device, time_limit, progress, say
+        As for :func:`restormer3d.workflow.denoise`; the limit is for each method.
+
+    Returns
+    -------
+    dict
+        For each method the held-out error, the whiteness of the residual, and the photon transfer line.
+    """
+    with open_stack(noisy) as stack:
+        recording = stack[:]
+    scores: dict[str, dict[str, Any]] = {"recording": {"photon_transfer": photon_transfer(recording)}}
+    for method in methods:
+        say(f"{method}: denoising the even frames")
+        result: dict[str, Any] = {}
+
+        def run(frames: Any, method: Method = method) -> Any:
+            return denoise_array(
+                frames[:], chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
+            )
+
+        result["held_out"] = held_out_frame_error(recording, run)
+        denoised = run(recording)
+        result["residual"] = residual_whiteness(recording, denoised)
+        result["photon_transfer"] = photon_transfer(denoised)
+        scores[method] = result
+    return scores
+
+
+def _same_shape(clean: TiffStack, other: TiffStack) -> None:
+    if clean.shape != other.shape:
+        raise StackError(
+            f"{other.path}: expected the shape of the clean stack {clean.shape}, found {other.shape}; "
+            "give files of the same recording"
+        )
+
+
+def _read_masks(path: Path | None) -> np.ndarray | None:
+    return None if path is None else tifffile.imread(path)
