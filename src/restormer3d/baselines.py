@@ -221,8 +221,7 @@ def _noise_excess(noisy: np.ndarray, deviation: np.ndarray, crops: list[Any], mo
     Differences of separate pairs of frames are noise without signal. Their third value is compared, since the first
     two may be flicker or motion, and the median over blocks is taken, since some blocks are active.
     """
-    pairs = len(noisy) // 2
-    third = []
+    pairs, third = len(noisy) // 2, []
     for index in np.unique(np.linspace(0, len(crops) - 1, min(most, len(crops))).astype(int)):
         cut = noisy[: 2 * pairs, *crops[index]].astype(np.float32)
         noise = (cut[1::2] - cut[::2]) / (np.float32(np.sqrt(2)) * deviation[crops[index]])

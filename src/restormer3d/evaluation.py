@@ -1,7 +1,11 @@
-"""Scores of files: against a clean stack where there is one, from the recording itself where there is none."""
+"""Scores of files, against a clean stack where there is one and from the recording itself where there is none.
+
+Also the simulated files that such scores need.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import tifffile
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.planning import Settings
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
+from restormer3d.simulation import NoisyScene, simulate_scene, write_scene
 from restormer3d.stacks import StackError, TiffStack, open_stack
 from restormer3d.workflow import Method, Progress, Say, denoise_array
 
@@ -96,12 +101,34 @@ def evaluate_real(
                 frames[:], chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
             )
 
-        result["held_out"] = held_out_frame_error(recording, run)
+        held_out = held_out_frame_error(recording, run)
+        result["held_out"] = {
+            "mse": held_out.mse,
+            "standard_error": held_out.standard_error,
+            "in_noise_variances": held_out.in_noise_variances,
+        }
         denoised = run(recording)
         result["residual"] = residual_whiteness(recording, denoised)
         result["photon_transfer"] = photon_transfer(denoised)
         scores[method] = result
     return scores
+
+
+def write_json(path: Path, scores: dict[str, Any]) -> None:
+    """Write scores to a JSON file; what is undefined (NaN) becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_plain(scores), indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, arrays and NaN as JSON knows them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _same_shape(clean: TiffStack, other: TiffStack) -> None:
@@ -113,4 +140,54 @@ def _same_shape(clean: TiffStack, other: TiffStack) -> None:
 
 
 def _read_masks(path: Path | None) -> np.ndarray | None:
-    return None if path is None else tifffile.imread(path)
+    return None if path is None else np.squeeze(tifffile.imread(path))
+
+
+def simulate(
+    folder: Path,
+    *,
+    scenes: int,
+    shape: tuple[int, int, int],
+    gain: float,
+    read_noise_variance: float,
+    label: str,
+    seed: int,
+    overwrite: bool = False,
+    scene_parameters: dict[str, Any] | None = None,
+    say: Say,
+) -> list[dict[str, Path]]:
+    """Write simulated recordings with their truth: noisy and clean TIFF, masks, traces, parameters.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files go.
+    scenes : int
+        How many; scene k has seed `seed + k`.
+    shape : tuple of int
+        Frames, rows and columns.
+    gain, read_noise_variance : float
+        ADU per photon, and variance of the read noise in ADU^2.
+    label : str
+        Part of the noisy file's name.
+    seed : int
+        Of the first scene.
+    overwrite : bool
+        Whether existing files are replaced.
+    scene_parameters : dict, optional
+        Fields of :class:`restormer3d.simulation.SceneParameters`.
+    say : function
+        Called with one line per scene.
+
+    Returns
+    -------
+    list of dict
+        The files of each scene.
+    """
+    written = []
+    for number in range(scenes):
+        scene = simulate_scene(shape, seed=seed + number, **(scene_parameters or {}))
+        noisy = NoisyScene(scene, gain, read_noise_variance, seed=seed + number)
+        written.append(write_scene(folder, number, noisy, label=label, overwrite=overwrite))
+        say(f"scene {number}: {written[-1]['noisy']} and its truth")
+    return written

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,8 @@ class Settings:
         Of every stack.
     weights : Path or None
         Where training starts; None trains from scratch.
+    sigma : tuple of float or None
+        Widths of the Gaussian filter in frames and pixels, should that be the method; None chooses them.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Settings:
     training: TrainingConfig
     inference: InferenceConfig
     weights: Path | None
+    sigma: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def settings(
     overlap: float | None = None,
     seed: int | None = None,
     blind_spot: str | None = None,
+    sigma: tuple[float, float] | None = None,
     config_file: str | Path | None = None,
 ) -> Settings:
     """Settings of a denoising: the recipe, then the configuration file, then single arguments.
@@ -103,6 +107,8 @@ def settings(
         Replace the recipe's.
     blind_spot : str, optional
         "auto", "point", or axes and odd widths, such as "x3" or "x3y3" or "t3x5".
+    sigma : tuple of float, optional
+        Widths of the Gaussian filter in frames and pixels.
     config_file : path, optional
         TOML with tables [model], [training], [inference].
 
@@ -134,7 +140,32 @@ def settings(
         model = _changed(model, file.get("model", {}))
         if training.iterations == 0:
             raise ValueError("no weights and no iterations would leave the network untrained: give one of the two")
-    return Settings(recipe_name, model, training, _changed(inference, windows), source)
+    return Settings(recipe_name, model, training, _changed(inference, windows), source, sigma)
+
+
+def pretraining_settings(
+    recipe_name: Recipe,
+    *,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    patch: tuple[int, int, int] | None = None,
+    seed: int | None = None,
+    config_file: str | Path | None = None,
+) -> tuple[ModelConfig, TrainingConfig]:
+    """Settings of a pretraining: the page's (50,000 iterations, batch 4), then the file's, then single arguments.
+
+    Raises
+    ------
+    ValueError
+        If a setting is unknown or out of range; the message names it.
+    """
+    file = _read_toml(config_file)
+    model, training, _ = recipe(recipe_name, pretrained=False)
+    page = {"batch_size": 4, "warmup_iterations": 2000, "iterations": 48_000, "weight_decay": 1e-5}
+    page |= {"learning_rate": 3e-4, "loss": "l1"} if recipe_name == "published" else {"warmup_iterations": 0}
+    given = _given(iterations=iterations, batch_size=batch_size, patch=patch, seed=seed)
+    training = _changed(training, page | file.get("training", {}) | given)
+    return _changed(model, file.get("model", {})), training
 
 
 def parse_blind_spot(text: str) -> str | tuple[int, int, int]:
@@ -256,12 +287,10 @@ def fit_to_time(
     )
     if inference_time > budget:
         note += "; even so the time will not suffice on this machine"
-    return _replaced(chosen, training, inference), note
+    return replace(chosen, training=training, inference=inference), note
 
 
-def ends_in_time(
-    chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, seconds: float
-) -> bool:
+def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, seconds: float) -> bool:
     """Whether what :func:`fit_to_time` chose ends within `seconds`, with a network that has been trained at all."""
     trained = chosen.weights is not None or chosen.training.iterations > 0
     return trained and count_windows(shape, chosen.inference) * calibration.seconds_per_window <= seconds * _SAFETY
@@ -273,10 +302,6 @@ def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:
         return training
     warmup = training.warmup_iterations * affordable // total
     return training.model_copy(update={"warmup_iterations": warmup, "iterations": affordable - warmup})
-
-
-def _replaced(chosen: Settings, training: TrainingConfig, inference: InferenceConfig) -> Settings:
-    return Settings(chosen.recipe, chosen.model, training, inference, chosen.weights)
 
 
 def estimate(

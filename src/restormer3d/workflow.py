@@ -283,7 +283,7 @@ def _denoised(
 ) -> Denoised:
     """Train on a stack and hand over its denoised frames, still to be computed."""
     if method != "restormer3d":
-        return _filtered(stack, method, say)
+        return _filtered(stack, chosen, method, progress, say)
     started = time.monotonic()
     source, noise = _source(stack, chosen, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
@@ -295,7 +295,7 @@ def _denoised(
             say(note)
         if not ends_in_time(chosen, stack.shape, calibration, remaining):
             say("no network in the time that is left: the stack is denoised with the Gaussian filter instead")
-            filtered = _filtered(stack, "gaussian", say)
+            filtered = _filtered(stack, chosen, "gaussian", progress, say)
             return replace(filtered, record=filtered.record | {"instead_of_the_network": note})
     expected, memory = estimate(chosen, stack.shape, calibration, device)
     engine = ops.engine_for(device)
@@ -347,15 +347,18 @@ def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict
     return replace(source, blind_spot=extent), asdict(noise) if noise else {}
 
 
-def _filtered(stack: Any, method: Method, say: Say) -> Denoised:
+def _filtered(stack: Any, chosen: Settings, method: Method, progress: Progress, say: Say) -> Denoised:
     if method == "temporal-mean":
         return Denoised(temporal_mean_frames(stack), {"method": method, "settings": {}})
     if method == "svd":
-        return Denoised(svd_frames(stack), {"method": method, "settings": {}})
-    sigma_t, sigma_xy = choose_gaussian(stack)
-    say(f"Gaussian filter of {sigma_t:g} frames and {sigma_xy:g} pixels, chosen by held-out frames")
-    widths = {"sigma_t": sigma_t, "sigma_xy": sigma_xy}
-    return Denoised(gaussian_frames(stack, sigma_t, sigma_xy), {"method": method, "settings": widths})
+        frames = svd_frames(stack, progress=progress)
+        return Denoised(frames, {"method": method, "settings": {}})
+    # Filtering what differs from the temporal mean leaves the static image sharp: better at every noise level.
+    sigma_t, sigma_xy = chosen.sigma or choose_gaussian(stack, around_mean=True)
+    why = "given" if chosen.sigma else "chosen by held-out frames"
+    say(f"Gaussian filter of {sigma_t:g} frames and {sigma_xy:g} pixels around the temporal mean, {why}")
+    frames = gaussian_frames(stack, sigma_t, sigma_xy, around_mean=True)
+    return Denoised(frames, {"method": method, "settings": {"sigma_t": sigma_t, "sigma_xy": sigma_xy}})
 
 
 def _readable(stack: TiffStack) -> Any:
@@ -379,4 +382,3 @@ def _compute(device: torch.device, engine: str) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-

@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 
 Api = Literal["exec", "invoke"]
 
@@ -30,8 +30,7 @@ def main() -> None:
         status = _refuse(error)
     except KeyboardInterrupt:
         warn("interrupted")
-        status = 130
-    sys.stdout.flush()
+        os._exit(130)  # a job of the invoke protocol runs on a thread, which a normal exit would wait for
     sys.exit(status)
 
 
@@ -44,7 +43,7 @@ def challenge(
     time_limit: float = 50.0,
     api: Api | None = None,
     port: int = 4743,
-    iterations: Annotated[int | None, Parameter(negative="")] = None,
+    iterations: int | None = None,
     config: Path | None = None,
 ) -> int:
     """Denoise every stack in the platform's input folder into its output folder.

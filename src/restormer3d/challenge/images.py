@@ -1,4 +1,4 @@
-"""The platform's image files: MetaImage in and out by way of a TIFF file, and what its check of a TIFF file asks for."""
+"""The platform's image files: what its check of a TIFF file asks for, and MetaImage by way of TIFF."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def input_files(folder: Path, warn: Say) -> list[Path]:
     JobError
         If there are none.
     """
-    place = folder / _socket_path(folder / "inputs.json")
+    place = socket_folder(folder)
     if not place.exists():
         beside = ", ".join(sorted(path.name for path in place.parent.glob("*"))) or "nothing"
         raise JobError(f"{place}: no such folder: the socket {INPUT_SOCKET} is missing, found {beside} in its place")
@@ -153,11 +153,17 @@ def input_files(folder: Path, warn: Say) -> list[Path]:
     return stacks
 
 
-def _socket_path(inputs: Path) -> str:
-    """Where the input socket's files lie in the input folder, as inputs.json says if there is one."""
-    usual = f"images/{INPUT_SOCKET}"
+def socket_folder(folder: Path) -> Path:
+    """Return the folder of the input socket: what inputs.json says if it is there, else the usual one.
+
+    Raises
+    ------
+    JobError
+        If inputs.json can't be understood, or the socket is not among those it lists.
+    """
+    usual, inputs = f"images/{INPUT_SOCKET}", folder / "inputs.json"
     if not inputs.exists():
-        return usual
+        return folder / usual
     try:
         entries = json.loads(inputs.read_text())
         # The platform calls it a socket now; it was called an interface.
@@ -168,7 +174,7 @@ def _socket_path(inputs: Path) -> str:
         raise JobError(f"{inputs}: expected the socket {INPUT_SOCKET}, found {', '.join(map(str, slugs)) or 'none'}")
     entry = entries[slugs.index(INPUT_SOCKET)]
     described = entry.get("socket") or entry["interface"]
-    return str(entry.get("relative_path") or described.get("relative_path") or usual).lstrip("/")
+    return folder / str(entry.get("relative_path") or described.get("relative_path") or usual).lstrip("/")
 
 
 def denoise_one(loaded: Loaded, source: Path, output_folder: Path, seconds: float, say: Say) -> None:
@@ -176,27 +182,18 @@ def denoise_one(loaded: Loaded, source: Path, output_folder: Path, seconds: floa
     target = output_folder / "images" / OUTPUT_SOCKET / source.name
     if source.suffix.lower() == ".mha":
         with denoised_mha(source, target) as (noisy, denoised):
-            _denoise_tiff(loaded, noisy, denoised, seconds, say)
-            record = _take_sidecar(denoised) | {"original": {"input": str(source), "output": str(target)}}
+            record = _denoise_tiff(loaded, noisy, denoised, seconds, say)
+            record |= {"original": {"input": str(source), "output": str(target)}}
     else:
-        _denoise_tiff(loaded, source, target, seconds, say)
+        record = _denoise_tiff(loaded, source, target, seconds, say)
         set_resolution_unit(target)
-        record = _take_sidecar(target)
     records = output_folder / RECORDS
     records.mkdir(parents=True, exist_ok=True)
     (records / f"{source.name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _take_sidecar(target: Path) -> dict[str, Any]:
-    """Remove the sidecar beside a result and return what it says."""
-    sidecar = target.with_name(target.name + ".json")
-    record = json.loads(sidecar.read_text())
-    sidecar.unlink()
-    return record
-
-
-def _denoise_tiff(loaded: Loaded, source: Path, target: Path, seconds: float, say: Say) -> None:
-    """Denoise one TIFF file: by the network, or by the Gaussian filter if the network turns out to be too slow."""
+def _denoise_tiff(loaded: Loaded, source: Path, target: Path, seconds: float, say: Say) -> dict[str, Any]:
+    """Denoise one TIFF file, by the Gaussian filter if the network turns out to be too slow; return the sidecar."""
     failures = denoise_files(
         [source],
         target,
@@ -209,11 +206,16 @@ def _denoise_tiff(loaded: Loaded, source: Path, target: Path, seconds: float, sa
         progress=watch(seconds, say),
         say=say,
     )
-    if isinstance(failures.get(source), TooSlowError):
+    too_slow = failures.get(source)
+    if isinstance(too_slow, TooSlowError):
         say(f"{source.name}: too slow for the network: denoised with the Gaussian filter instead")
         failures = denoise_files([source], target, loaded.chosen, method="gaussian", overwrite=True, say=say)
     if failures:
         raise failures[source]
+    sidecar = target.with_name(target.name + ".json")
+    record = json.loads(sidecar.read_text())
+    sidecar.unlink()
+    return record | ({"instead_of_the_network": str(too_slow)} if too_slow else {})
 
 
 def watch(seconds: float, say: Say) -> Watch:

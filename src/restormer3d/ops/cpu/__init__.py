@@ -1,178 +1,141 @@
 """The CPU engine: fused Numba kernels that recompute rather than store, one autograd function per operator.
 
-The backward passes keep the input (and the values, for attention) and compute everything between again.
+The backward passes keep the input (and, for attention, the values) and compute everything between again.
 What the kernels cannot do (other dtypes, second derivatives) goes to the reference.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.nn import functional
 
 from restormer3d.ops import reference
 from restormer3d.ops.cpu import kernels
-from restormer3d.ops.cpu.loops import BLOCK, SUM_COLUMNS, SUM_ROWS, TILE_ROWS
-from restormer3d.ops.cpu.memory import Pool
+from restormer3d.ops.cpu.attention import attention_gradients, attention_matrices, mix_heads
+from restormer3d.ops.cpu.engine import array, busy, plan, pool, scratch, start_threads, zeros
+from restormer3d.ops.cpu.loops import SUM_COLUMNS, SUM_ROWS, TILE_ROWS
 from restormer3d.ops.cpu.simd import LANES
-from restormer3d.ops.cpu.tiles import room
+from restormer3d.ops.cpu.tiles import round_up
 
-_RING_BYTES = 1_100_000  # half of a 2 MB second-level cache; smaller caches hold the part in use
-_EPS = 1e-12  # of torch.nn.functional.normalize
-
-_busy = threading.RLock()  # kernels use all cores and share the pool: one at a time
-_pool = Pool()
+_MANY_CHANNELS = 16  # from here on a dense convolution is better done as matrix products, by PyTorch
 
 
-def _up(n: int, step: int) -> int:
-    return -(-n // step) * step
+def mdta(
+    x: Tensor,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+) -> Tensor:
+    """See :func:`restormer3d.ops.reference.mdta`."""
+    inputs = (x, norm_weight, qkv_weight, dwconv_weight, temperature, project_out_weight)
+    return _Mdta.apply(x.contiguous(), *inputs[1:]) if _fits(*inputs) else reference.mdta(*inputs)
 
 
-def _plan(shape: torch.Size, hidden: int, threads: int) -> tuple[int, int]:
-    """Return rows per strip, so that a ring of hidden channels fits the cache, and pieces of time, for all threads."""
-    batch, _, frames, height, width = shape
-    rows = int(_RING_BYTES / (12 * hidden * (width + 1))) - 2
-    rows = max(BLOCK, rows // BLOCK * BLOCK)
-    rows = _up(-(-height // -(-height // rows)), BLOCK)
-    strips = batch * -(-height // rows)
-    chunks = 1
-    while chunks < frames and strips * chunks % threads and strips * chunks < 4 * threads:
-        chunks += 1
-    return rows, chunks
+def gdfn(
+    x: Tensor,
+    norm_weight: Tensor,
+    project_in_weight: Tensor,
+    dwconv_weight: Tensor,
+    project_out_weight: Tensor,
+) -> Tensor:
+    """See :func:`restormer3d.ops.reference.gdfn`."""
+    inputs = (x, norm_weight, project_in_weight, dwconv_weight, project_out_weight)
+    return _Gdfn.apply(x.contiguous(), *inputs[1:]) if _fits(*inputs) else reference.gdfn(*inputs)
 
 
-def _threads() -> int:
-    """Make Numba use as many threads as PyTorch, and return how many."""
-    wanted = torch.get_num_threads()
-    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
-    if torch.get_num_threads() != wanted:  # both may share one OpenMP library; starting Numba's threads resets it
-        torch.set_num_threads(wanted)
-    return threads
+def pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`restormer3d.ops.reference.pointwise`."""
+    return torch.matmul(weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-def _array(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().numpy()
+def conv3d(x: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`restormer3d.ops.reference.conv3d`."""
+    if not _fits(x, weight) or min(weight.shape[:2]) > _MANY_CHANNELS:
+        return reference.conv3d(x, weight)
+    return _Convolution.apply(x.contiguous(), weight, False)
 
 
-def _matrix(weight: Tensor, multiple: int = TILE_ROWS) -> np.ndarray:
-    """Return the last two dimensions as matrices whose number of rows is filled up with zeros."""
-    rows = _up(weight.shape[-2], multiple)
-    return _array(torch.nn.functional.pad(weight.detach(), (0, 0, 0, rows - weight.shape[-2])))
+def depthwise_conv3d(x: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`restormer3d.ops.reference.depthwise_conv3d`."""
+    return (
+        _Convolution.apply(x.contiguous(), weight, True) if _fits(x, weight) else reference.depthwise_conv3d(x, weight)
+    )
 
 
-def _taps(weight: Tensor, reverse: bool = False) -> np.ndarray:
+def _fits(*tensors: Tensor) -> bool:
+    return tensors[0].numel() > 0 and all(t.dtype == torch.float32 for t in tensors)
+
+
+def _weights(weight: Tensor) -> np.ndarray:
+    """Return matrices (…, rows, columns) with their rows filled up to TILE_ROWS."""
+    weight = weight.detach().float()
+    return array(functional.pad(weight, (0, 0, 0, -weight.shape[-2] % TILE_ROWS)))
+
+
+def _taps(weight: Tensor, *, reverse: bool = False) -> np.ndarray:
     taps = weight.detach().reshape(-1, 27)
-    return _array(taps.flip(1) if reverse else taps)
-
-
-def _scratch(sizes: tuple[int, ...], threads: int) -> np.ndarray:
-    return _pool.scratch("threads", (threads, sum(room(size) for size in sizes)))
+    return array(taps.flip(1) if reverse else taps).reshape(-1)
 
 
 def _tap_gradient(sums: np.ndarray, like: Tensor) -> Tensor:
     """Add up threads and lanes."""
-    return torch.from_numpy(sums).view(sums.shape[0], -1, 27, LANES).sum((0, 3)).view_as(like)
+    return torch.from_numpy(sums).view(sums.shape[0], -1, LANES).sum((0, 2)).view_as(like)
 
 
-def _usable(*tensors: Tensor) -> bool:
-    return tensors[0].numel() > 0 and all(t.dtype == torch.float32 for t in tensors)
-
-
-def _second_order(operator: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients as functions of the inputs, by the reference."""
+def _second_order(operator: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return gradients that can be differentiated again, by the reference."""
+    wanted = [i for i in inputs if i.requires_grad]
     with torch.enable_grad():
-        return torch.autograd.grad(operator(*inputs), inputs, grad, create_graph=True, allow_unused=True)
-
-
-def _project_backward(x: Tensor, grad: Tensor, hidden_grad: np.ndarray, weight: Tensor, dwconv_weight: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x (the residual's included), of LayerNorm's weight and of the 1x1x1 weight."""
-    hidden, channels = weight.shape[:2]
-    matrix = weight.flatten(1)
-    threads = _threads()
-    rows, chunks = _plan(x.shape, hidden, threads)
-    sums = np.zeros((threads, _up(hidden, SUM_ROWS), _up(channels, SUM_COLUMNS)), np.float32)
-    out = _pool.empty(x.shape)
-    scratch = _scratch(kernels.project_sizes(channels, hidden, rows, x.shape[4]), threads)
-    kernels.project_backward(
-        _array(x), _array(grad), hidden_grad, _matrix((matrix * norm_weight).T), _taps(dwconv_weight, reverse=True),
-        rows, chunks, scratch, out.numpy(), sums,
-    )  # fmt: skip
-    folded = torch.from_numpy(sums).sum(0)[:hidden, :channels]
-    return out, (folded * matrix).sum(0), (folded * norm_weight).view_as(weight)
+        found = iter(torch.autograd.grad(operator(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(found) if i.requires_grad else None for i in inputs)
 
 
 class _Gdfn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
-        x, norm_weight, project_in, dwconv, project_out = inputs
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
-        with _busy:
-            threads = _threads()
-            hidden = project_out.shape[1]
-            rows, chunks = _plan(x.shape, 2 * hidden, threads)
-            out = _pool.empty(x.shape)
-            scratch = _scratch(kernels.gdfn_sizes(x.shape[1], hidden, rows, x.shape[4]), threads)
+        x, norm_weight, project_in, dwconv, project_out = inputs
+        channels, hidden = project_out.shape[:2]
+        with busy:
+            out = pool.empty(x.shape)
+            threads = start_threads()
+            rows, chunks = plan(x.shape, 2 * hidden, threads)
             kernels.gdfn_forward(
-                _array(x), out.numpy(), _matrix(project_in.flatten(1) * norm_weight), _taps(dwconv),
-                _matrix(project_out.flatten(1)), rows, chunks, scratch,
+                array(x), array(out), _weights(project_in.flatten(1) * norm_weight), _taps(dwconv),
+                _weights(project_out.flatten(1)), rows, chunks,
+                scratch(kernels.gdfn_sizes(channels, hidden, rows, x.shape[4]), threads),
             )  # fmt: skip
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        inputs = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
         if torch.is_grad_enabled():
-            return _second_order(reference.gdfn, inputs, grad)
-        x, norm_weight, project_in, dwconv, project_out = inputs
-        with _busy:
-            channels, hidden = project_out.shape[:2]
-            threads = _threads()
-            rows, chunks = _plan(x.shape, 2 * hidden, threads)
-            tap_sums = np.zeros((threads, 2 * hidden * 27 * LANES), np.float32)
-            out_sums = np.zeros((threads, _up(hidden, SUM_ROWS), _up(channels, SUM_COLUMNS)), np.float32)
-            hidden_grad = _pool.scratch("hidden", (x.shape[0], 2 * hidden, *x.shape[2:]))
-            scratch = _scratch(kernels.gdfn_sizes(channels, hidden, rows, x.shape[4]), threads)
+            return _second_order(reference.gdfn, ctx.saved_tensors, grad)
+        x, norm_weight, project_in, dwconv, project_out = ctx.saved_tensors
+        channels, hidden = project_out.shape[:2]
+        with busy:
+            grad = grad.contiguous()
+            threads = start_threads()
+            rows, chunks = plan(x.shape, 2 * hidden, threads)
+            tap_sums = zeros(threads, 2 * hidden * kernels.TAPS)
+            out_sums = zeros(threads, round_up(hidden, SUM_ROWS), round_up(channels, SUM_COLUMNS))
+            hidden_grad = pool.scratch("hidden", (x.shape[0], 2 * hidden, *x.shape[2:]))
             kernels.gdfn_backward(
-                _array(x), _array(grad), _matrix(project_in.flatten(1) * norm_weight), _taps(dwconv),
-                _matrix(project_out.flatten(1).T), rows, chunks, scratch, hidden_grad, tap_sums, out_sums,
+                array(x), array(grad), _weights(project_in.flatten(1) * norm_weight), _taps(dwconv),
+                _weights(project_out.flatten(1).T), rows, chunks,
+                scratch(kernels.gdfn_sizes(channels, hidden, rows, x.shape[4]), threads),
+                hidden_grad, tap_sums, out_sums,
             )  # fmt: skip
             x_grad, norm_grad, in_grad = _project_backward(x, grad, hidden_grad, project_in, dwconv, norm_weight)
         out_grad = torch.from_numpy(out_sums).sum(0)[:hidden, :channels].T.reshape(project_out.shape)
         return x_grad, norm_grad, in_grad, _tap_gradient(tap_sums, dwconv), out_grad
-
-
-def gdfn(x: Tensor, norm_weight: Tensor, project_in_weight: Tensor, dwconv_weight: Tensor, project_out_weight: Tensor) -> Tensor:
-    """See :func:`restormer3d.ops.reference.gdfn`."""
-    inputs = (x, norm_weight, project_in_weight, dwconv_weight, project_out_weight)
-    if not _usable(*inputs):
-        return reference.gdfn(*inputs)
-    return _Gdfn.apply(x.contiguous(), *inputs[1:])
-
-
-def _attention(gram: Tensor, squares: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the cosines of queries and keys, the attention, and the inverse lengths of queries and of keys.
-
-    ``gram`` (B, heads, c, c) holds queries @ keys.T, ``squares`` (B, 2, heads, c) their squared lengths.
-    """
-    inverse = 1 / squares.sqrt().clamp_min(_EPS)
-    cosines = gram * inverse[:, 0, :, :, None] * inverse[:, 1, :, None, :]
-    attention = (cosines * temperature.view(1, -1, 1, 1)).softmax(-1)
-    return cosines, attention, inverse[:, 0], inverse[:, 1]
-
-
-def _block_product(matrix: Tensor, blocks: Tensor) -> Tensor:
-    """Return ``matrix (…, R, C) @ block_diagonal(blocks)``, ``blocks`` (B, heads, c, c)."""
-    heads, size = blocks.shape[1:3]
-    split = matrix.unflatten(-1, (heads, size)).movedim(-2, -3)  # (…, heads, R, c)
-    return (split @ blocks).movedim(-3, -2).flatten(-2)
 
 
 class _Mdta(torch.autograd.Function):
@@ -182,137 +145,119 @@ class _Mdta(torch.autograd.Function):
         batch, channels = x.shape[:2]
         heads = temperature.numel()
         size = channels // heads
-        with _busy:
-            threads = _threads()
-            rows, chunks = _plan(x.shape, 3 * channels, threads)
-            value = _pool.empty(x.shape)
-            gram = np.zeros((threads, batch, heads, _up(size, SUM_ROWS), _up(size, SUM_COLUMNS)), np.float32)
-            squares = np.zeros((threads, batch, 2 * channels), np.float32)
-            scratch = _scratch(kernels.mdta_sizes(channels, heads, rows, x.shape[4]), threads)
+        with busy:
+            value, out = pool.empty(x.shape), pool.empty(x.shape)
+            threads = start_threads()
+            rows, chunks = plan(x.shape, 3 * channels, threads)
+            gram = zeros(threads, batch, heads, round_up(size, SUM_ROWS), round_up(size, SUM_COLUMNS))
+            squares = zeros(threads, batch, 2 * channels)
             kernels.mdta_forward(
-                _array(x), value.numpy(), _matrix(qkv.flatten(1) * norm_weight), _taps(dwconv), heads, rows, chunks,
-                scratch, gram, squares,
+                array(x), array(value), _weights(qkv.flatten(1) * norm_weight), _taps(dwconv), heads, rows, chunks,
+                scratch(kernels.mdta_sizes(channels, heads, rows, x.shape[4]), threads), gram, squares,
             )  # fmt: skip
             products = torch.from_numpy(gram).double().sum(0)[..., :size, :size]
             lengths = torch.from_numpy(squares).double().sum(0).view(batch, 2, heads, size)
-            attention = _attention(products, lengths, temperature)[1]
-            mixed = _block_product(project_out.flatten(1).double(), attention).float()
-            out = _pool.empty(x.shape)
-            torch.baddbmm(x.flatten(2), mixed, value.flatten(2), out=out.view(batch, channels, -1))
+            attention = attention_matrices(products, lengths, temperature)[1]
+            mixed = mix_heads(project_out.flatten(1).double(), attention).float()
+            torch.baddbmm(x.flatten(2), mixed, value.flatten(2), out=out.flatten(2))
         ctx.save_for_backward(*inputs, value, products, lengths)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        *inputs, value, gram, squares = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        *inputs, value, products, lengths = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _second_order(reference.mdta, tuple(inputs), grad)
         x, norm_weight, qkv, dwconv, temperature, project_out = inputs
-        with _busy:
-            batch, channels = x.shape[:2]
+        channels, heads = x.shape[1], temperature.numel()
+        with busy:
             grad = grad.contiguous()
-            product = torch.bmm(grad.flatten(2), value.flatten(2).mT).double()
-            small = _AttentionGradient.compute(product, gram, squares, temperature, project_out.flatten(1).double())
-            threads = _threads()
-            rows, chunks = _plan(x.shape, 3 * channels, threads)
-            tap_sums = np.zeros((threads, 3 * channels * 27 * LANES), np.float32)
-            hidden_grad = _pool.scratch("hidden", (batch, 3 * channels, *x.shape[2:]))
-            scratch = _scratch(kernels.mdta_sizes(channels, temperature.numel(), rows, x.shape[4]), threads)
+            outer = torch.bmm(grad.flatten(2), value.flatten(2).mT)
+            small = attention_gradients(outer, products, lengths, temperature, project_out.flatten(1))
+            threads = start_threads()
+            rows, chunks = plan(x.shape, 3 * channels, threads)
+            tap_sums = zeros(threads, 3 * channels * kernels.TAPS)
+            hidden_grad = pool.scratch("hidden", (x.shape[0], 3 * channels, *x.shape[2:]))
             kernels.mdta_backward(
-                _array(x), _array(grad), _matrix(qkv.flatten(1) * norm_weight), _taps(dwconv),
-                _matrix(small.gram.float()), _matrix(small.gram.mT.float()), _array(small.own.float()),
-                _matrix(small.mixed.mT.float()), rows, chunks, scratch, hidden_grad, tap_sums,
+                array(x), array(grad), _weights(qkv.flatten(1) * norm_weight), _taps(dwconv),
+                _weights(small.products), _weights(small.products.mT), array(small.own.float()),
+                _weights(small.mixed.mT), rows, chunks,
+                scratch(kernels.mdta_sizes(channels, heads, rows, x.shape[4]), threads), hidden_grad, tap_sums,
             )  # fmt: skip
             x_grad, norm_grad, qkv_grad = _project_backward(x, grad, hidden_grad, qkv, dwconv, norm_weight)
-        return (
-            x_grad, norm_grad, qkv_grad, _tap_gradient(tap_sums, dwconv),
-            small.temperature.float().view_as(temperature), small.project_out.float().view_as(project_out),
-        )  # fmt: skip
+        temperature_grad = small.temperature.float().view_as(temperature)
+        project_grad = small.project_out.float().view_as(project_out)
+        return x_grad, norm_grad, qkv_grad, _tap_gradient(tap_sums, dwconv), temperature_grad, project_grad
 
 
-@dataclass
-class _AttentionGradient:
-    """Gradients of the small matrices: of queries @ keys.T, of the lengths, of temperature and projection."""
+def _project_backward(
+    x: Tensor, grad: Tensor, hidden_grad: np.ndarray, weight: Tensor, dwconv_weight: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x (the residual's included), of LayerNorm's weight and of the 1x1x1 weight."""
+    hidden, channels = weight.shape[:2]
+    matrix = weight.flatten(1)
+    out = pool.empty(x.shape)
+    threads = start_threads()
+    rows, chunks = plan(x.shape, hidden, threads)
+    sums = zeros(threads, round_up(hidden, SUM_ROWS), round_up(channels, SUM_COLUMNS))
+    kernels.project_backward(
+        array(x), array(grad), hidden_grad, _weights((matrix * norm_weight).T), _taps(dwconv_weight, reverse=True),
+        rows, chunks, scratch(kernels.project_sizes(channels, hidden, rows, x.shape[4]), threads), array(out), sums,
+    )  # fmt: skip
+    folded = torch.from_numpy(sums).sum(0)[:hidden, :channels]
+    return out, (folded * matrix).sum(0), (folded * norm_weight).view_as(weight)
 
-    gram: Tensor
-    own: Tensor
-    mixed: Tensor
-    temperature: Tensor
-    project_out: Tensor
+
+class _Convolution(torch.autograd.Function):
+    """Dense or depth-wise. Depth-wise, every channel of every sample is a sample with one channel and its own taps."""
 
     @staticmethod
-    def compute(product: Tensor, gram: Tensor, squares: Tensor, temperature: Tensor, project_out: Tensor) -> _AttentionGradient:
-        """Go back through projection, softmax and normalization; ``product`` (B, C, C) is grad @ values.T."""
-        cosines, attention, inverse_q, inverse_k = _attention(gram, squares, temperature)
-        heads, size = gram.shape[1:3]
-        columns = product.unflatten(2, (heads, size)).movedim(2, 1)  # (B, heads, C, c)
-        projection = project_out.unflatten(1, (heads, size)).movedim(1, 0)  # (heads, C, c)
-        attention_grad = projection.mT @ columns
-        logits = attention * (attention_grad - (attention_grad * attention).sum(-1, keepdim=True))
-        cosines_grad = logits * temperature.view(1, -1, 1, 1)
-        pull = cosines_grad * cosines
-        own = torch.stack([-pull.sum(-1) * inverse_q**2, -pull.sum(-2) * inverse_k**2], 1)
-        own = own * (squares > _EPS**2)
-        return _AttentionGradient(
-            gram=cosines_grad * inverse_q[..., :, None] * inverse_k[..., None, :],
-            own=own.flatten(1),
-            mixed=_block_product(project_out, attention),
-            temperature=(logits * cosines).sum((0, 2, 3)),
-            project_out=_block_product(product, attention.mT).sum(0),
-        )
-
-
-def mdta(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, dwconv_weight: Tensor, temperature: Tensor, project_out_weight: Tensor) -> Tensor:
-    """See :func:`restormer3d.ops.reference.mdta`."""
-    inputs = (x, norm_weight, qkv_weight, dwconv_weight, temperature, project_out_weight)
-    if not _usable(*inputs):
-        return reference.mdta(*inputs)
-    return _Mdta.apply(x.contiguous(), *inputs[1:])
-
-
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        with _busy:
-            out = _pool.empty(x.shape)
-            planes = x.flatten(0, 1)[:, None]
-            threads = _threads()
-            rows, chunks = _plan(planes.shape, 8, threads)
-            scratch = _scratch(kernels.depthwise_sizes(rows, x.shape[4]), threads)
-            kernels.depthwise_forward(_array(planes), out.flatten(0, 1)[:, None].numpy(), _taps(weight), rows, chunks, scratch)
-        return out
+        ctx.depthwise = depthwise
+        with busy:
+            return _convolve(x, weight, depthwise)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _second_order(reference.depthwise_conv3d, (x, weight), grad)
-        with _busy:
-            out = _pool.empty(x.shape)
-            planes, grads = x.flatten(0, 1)[:, None], grad.contiguous().flatten(0, 1)[:, None]
-            threads = _threads()
-            rows, chunks = _plan(planes.shape, 8, threads)
-            scratch = _scratch(kernels.depthwise_sizes(rows, x.shape[4]), threads)
-            tap_sums = np.zeros((threads, weight.shape[0] * 27 * LANES), np.float32)
-            kernels.depthwise_backward(
-                _array(planes), _array(grads), out.flatten(0, 1)[:, None].numpy(), _taps(weight, reverse=True), rows, chunks, scratch, tap_sums,
-            )  # fmt: skip
-        return out, _tap_gradient(tap_sums, weight)
+            operator = reference.depthwise_conv3d if ctx.depthwise else reference.conv3d
+            return (*_second_order(operator, (x, weight), grad), None)
+        x_grad = weight_grad = None
+        with busy:
+            grad = grad.contiguous()
+            if ctx.needs_input_grad[0]:
+                mirrored = weight.detach().flip(2, 3, 4)
+                x_grad = _convolve(grad, mirrored if ctx.depthwise else mirrored.transpose(0, 1), ctx.depthwise)
+            if ctx.needs_input_grad[1]:
+                weight_grad = _convolution_weight_gradient(x, grad, weight, ctx.depthwise)
+        return x_grad, weight_grad, None
 
 
-def depthwise_conv3d(x: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`restormer3d.ops.reference.depthwise_conv3d`."""
-    if not _usable(x, weight):
-        return reference.depthwise_conv3d(x, weight)
-    return _Depthwise.apply(x.contiguous(), weight)
+def _convolve(x: Tensor, weight: Tensor, depthwise: bool) -> Tensor:
+    out = pool.empty((x.shape[0], weight.shape[0], *x.shape[2:]))
+    taps = array(weight).reshape((-1, 1, 27) if depthwise else (1, weight.shape[0], -1))
+    source, target = (_each_channel(x), _each_channel(out)) if depthwise else (x, out)
+    threads = start_threads()
+    rows, chunks = plan(source.shape, source.shape[1], threads)
+    sizes = kernels.convolution_sizes(source.shape[1], target.shape[1], rows, x.shape[4])
+    kernels.convolution_forward(array(source), array(target), taps, rows, chunks, scratch(sizes, threads))
+    return out
 
 
-def pointwise(x: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`restormer3d.ops.reference.pointwise`."""
-    return torch.matmul(weight.flatten(1), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
+def _convolution_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, depthwise: bool) -> Tensor:
+    source, target = (_each_channel(x), _each_channel(grad)) if depthwise else (x, grad)
+    sets = weight.shape[0] if depthwise else 1
+    threads = start_threads()
+    rows, chunks = plan(source.shape, source.shape[1], threads)
+    sums = zeros(threads, sets, target.shape[1], source.shape[1] * kernels.TAPS)
+    sizes = kernels.convolution_sizes(source.shape[1], target.shape[1], rows, x.shape[4])
+    kernels.convolution_weight_gradient(array(source), array(target), sets, rows, chunks, scratch(sizes, threads), sums)
+    return _tap_gradient(sums, weight)
 
 
-def conv3d(x: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`restormer3d.ops.reference.conv3d`."""
-    return reference.conv3d(x, weight)
+def _each_channel(x: Tensor) -> Tensor:
+    return x.flatten(0, 1).unsqueeze(1)

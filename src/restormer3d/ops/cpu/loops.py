@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from restormer3d.ops.reference import NORM_EPS
 from restormer3d.ops.cpu.simd import LANES, REGISTERS, Emitter, vector_loop
+from restormer3d.ops.reference import NORM_EPS
 
 TILE_ROWS = 8 if REGISTERS == 32 else 4
 """Rows of a register tile of :func:`matrix_product`."""
@@ -26,7 +26,9 @@ BLOCK = 4
 def _register_tile(rows: int, vectors: int, accumulate: bool) -> Any:
     """Emit ``c (+)= a @ b`` for ``rows`` rows and ``vectors * LANES`` columns of c."""
 
-    def emit(e: Emitter, a: Any, ia: Any, lda: Any, b: Any, ib: Any, ldb: Any, c: Any, ic: Any, ldc: Any, depth: Any) -> None:
+    def emit(
+        e: Emitter, a: Any, ia: Any, lda: Any, b: Any, ib: Any, ldb: Any, c: Any, ic: Any, ldc: Any, depth: Any
+    ) -> None:
         a_rows = [e.at(a, e.plus(ia, e.times(lda, m))) for m in range(rows)]
         sums = [[e.variable(e.constant(0.0)) for _ in range(vectors)] for _ in range(rows)]
         with e.loop(depth) as k:
@@ -51,32 +53,56 @@ tile1 = _register_tile(TILE_ROWS, 1, False)
 sum_tile = _register_tile(SUM_ROWS, 2, True)
 
 
-@vector_loop
-def depthwise(e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, taps: Any, it: Any, dst: Any, io: Any, rows: Any, width: Any) -> None:
-    """Convolve one channel: ``i0, i1, i2`` are three successive planes of ``rows + 2`` rows; ``dst`` gets ``rows``.
-
-    ``rows`` is a multiple of ``BLOCK``; the last vector of a row runs over into the next.
-    """
-    weights = [e.broadcast(e.at(taps, e.plus(it, k))) for k in range(27)]
-    planes = [e.at(src, i) for i in (i0, i1, i2)]
-    with e.loop(rows, step=BLOCK) as r:
-        start = e.times(r, pitch)
-        with e.loop(width, step=LANES) as w:
-            column = e.plus(start, w)
-            sums: list[Any] = [e.constant(0.0)] * BLOCK
+def _depthwise(accumulate: bool) -> Any:
+    def emit(
+        e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, taps: Any, it: Any, dst: Any, io: Any, rows: Any,
+        width: Any,
+    ) -> None:  # fmt: skip
+        weights = [e.broadcast(e.at(taps, e.plus(it, k))) for k in range(27)]
+        planes = [e.at(src, i) for i in (i0, i1, i2)]
+        with e.loop(rows, step=BLOCK) as r, e.loop(width, step=LANES) as w:
+            column = e.plus(e.times(r, pitch), w)
+            lines = [e.plus(column, e.times(pitch, row)) for row in range(BLOCK + 2)]
+            targets = [e.at(dst, e.plus(io, line)) for line in lines[:BLOCK]]
+            before = [e.load(target) if accumulate else e.constant(0.0) for target in targets]
+            sums: list[Any] = list(before)
             for t in range(3):
                 for row in range(BLOCK + 2):
-                    line = e.at(planes[t], e.plus(column, e.times(pitch, row)))
                     for shift in range(3):
-                        value = e.load(e.at(line, shift))
+                        value = e.load(e.at(e.at(planes[t], lines[row]), shift))
                         for h in range(max(0, row - BLOCK + 1), min(3, row + 1)):
                             sums[row - h] = e.fma(weights[9 * t + 3 * h + shift], value, sums[row - h])
-            for row in range(BLOCK):
-                e.store(sums[row], e.at(dst, e.plus(io, e.plus(column, e.times(pitch, row)))))
+            for total, old, target in zip(sums, before, targets, strict=True):
+                e.store(e.first_lanes(e.plus(width, e.times(w, -1)), total, old) if accumulate else total, target)
+
+    return vector_loop(emit)
+
+
+depthwise = _depthwise(accumulate=False)
+"""Convolve one channel 3x3x3: ``(src, i0, i1, i2, pitch, taps, it, dst, io, rows, width)``.
+
+``i0, i1, i2`` are three successive planes of ``rows + 2`` rows in ``src``; ``dst`` gets ``rows``, a multiple of BLOCK.
+The last vector of a row runs over into the next row and writes that row's own values there.
+"""
+depthwise_add = _depthwise(accumulate=True)
+"""As :func:`depthwise`, added to what ``dst`` holds."""
 
 
 @vector_loop
-def depthwise_weight_gradient(e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, grad: Any, ig: Any, out: Any, io: Any, rows: Any, width: Any) -> None:
+def depthwise_weight_gradient(
+    e: Emitter,
+    src: Any,
+    i0: Any,
+    i1: Any,
+    i2: Any,
+    pitch: Any,
+    grad: Any,
+    ig: Any,
+    out: Any,
+    io: Any,
+    rows: Any,
+    width: Any,
+) -> None:
     """Add ``sum grad[r, w] * plane_t[r + h, w + shift - 1]`` to the 27 vectors at ``out[io]``, lane by lane."""
     planes = [e.at(src, i) for i in (i0, i1, i2)]
     target = e.at(out, io)
@@ -96,7 +122,7 @@ def depthwise_weight_gradient(e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, p
 
         def gradient(row: Any) -> Any:
             value = e.load(e.at(grad, e.plus(ig, e.plus(e.times(row, pitch), w))))
-            return e.keep(value, left)
+            return e.first_lanes(left, value, e.constant(0.0))
 
         zero = e.times(w, 0)
         first, second = gradient(zero), gradient(e.plus(zero, 1))
@@ -160,23 +186,25 @@ def _odd(e: Emitter, x: Any, limit: float, coefficients: tuple[float, ...]) -> A
 
 
 @vector_loop
-def gate(e: Emitter, a: Any, ia: Any, b: Any, ib: Any, out: Any, io: Any, count: Any) -> None:
-    """Write ``gelu(a) * b``."""
-    with e.loop(count, step=LANES) as i:
-        x, y = e.load(e.at(a, e.plus(ia, i))), e.load(e.at(b, e.plus(ib, i)))
-        e.store(e.multiply(e.multiply(x, y), _odd(e, x, 5.2, PHI)), e.at(out, e.plus(io, i)))
+def gate(e: Emitter, pair: Any, i: Any, stride: Any, out: Any, io: Any, columns: Any) -> None:
+    """Write ``gelu(a) * b``, a and b being two channels that lie ``stride`` apart."""
+    with e.loop(columns, step=LANES) as j:
+        position = e.at(pair, e.plus(i, j))
+        x, y = e.load(position), e.load(e.at(position, stride))
+        e.store(e.multiply(e.multiply(x, y), _odd(e, x, 5.2, PHI)), e.at(out, e.plus(io, j)))
 
 
 @vector_loop
-def gate_backward(e: Emitter, a: Any, ia: Any, b: Any, ib: Any, grad: Any, ig: Any, count: Any) -> None:
-    """Replace a, b and the gradient of ``gelu(a) * b`` by the gradients of a, of b, and ``gelu(a) * b``."""
-    with e.loop(count, step=LANES) as i:
-        pa, pb, pg = e.at(a, e.plus(ia, i)), e.at(b, e.plus(ib, i)), e.at(grad, e.plus(ig, i))
-        x, y, g = e.load(pa), e.load(pb), e.load(pg)
+def gate_backward(e: Emitter, pair: Any, i: Any, stride: Any, grad: Any, ig: Any, columns: Any) -> None:
+    """Replace a and b by their gradients, and the gradient of ``gelu(a) * b`` by that product."""
+    with e.loop(columns, step=LANES) as j:
+        first, target = e.at(pair, e.plus(i, j)), e.at(grad, e.plus(ig, j))
+        second = e.at(first, stride)
+        x, y, g = e.load(first), e.load(second), e.load(target)
         gelu = e.multiply(x, _odd(e, x, 5.2, PHI))
-        e.store(e.multiply(e.multiply(g, y), _odd(e, x, 5.6, SLOPE)), pa)
-        e.store(e.multiply(g, gelu), pb)
-        e.store(e.multiply(gelu, y), pg)
+        e.store(e.multiply(e.multiply(g, y), _odd(e, x, 5.6, SLOPE)), first)
+        e.store(e.multiply(g, gelu), second)
+        e.store(e.multiply(gelu, y), target)
 
 
 @vector_loop
@@ -203,7 +231,9 @@ def normalize(e: Emitter, x: Any, stride: Any, channels: Any, columns: Any, stat
 
 
 @vector_loop
-def normalize_backward(e: Emitter, x: Any, grad: Any, stride: Any, channels: Any, columns: Any, statistics: Any) -> None:
+def normalize_backward(
+    e: Emitter, x: Any, grad: Any, stride: Any, channels: Any, columns: Any, statistics: Any
+) -> None:
     """Turn the gradient of what :func:`normalize` returned into the gradient of what it was given, in place."""
     share = e.reciprocal(channels)
     with e.loop(columns, step=LANES) as i:
@@ -229,12 +259,14 @@ def clear(e: Emitter, x: Any, i: Any, count: Any) -> None:
 
 
 @vector_loop
-def load_rows(e: Emitter, src: Any, i: Any, dst: Any, io: Any, rows: Any, width: Any) -> None:
-    """Copy successive rows of an image into a tile, a zero before each."""
+def load_rows(e: Emitter, src: Any, i: Any, dst: Any, io: Any, rows: Any, width: Any, ahead: Any) -> None:
+    """Copy successive rows of an image into a tile, a zero before each; prefetch what lies ``ahead``."""
     with e.loop(rows) as r:
         source, target = e.at(src, e.plus(i, e.times(r, width))), e.at(dst, e.plus(io, e.times(r, e.plus(width, 1))))
         e.store(e.constant(0.0, 1), target)
         for lanes, w in e.spans(width):
+            if lanes == LANES:
+                e.prefetch(e.at(e.at(source, w), ahead))
             e.store(e.load(e.at(source, w), lanes), e.at(e.at(target, 1), w))
 
 

@@ -44,6 +44,7 @@ class Emitter:
         self.builder = builder
 
     def constant(self, value: float, lanes: int = LANES) -> Any:
+        """Return the vector that holds ``value`` in every lane."""
         return ir.Constant(ir.VectorType(_FLOAT, lanes), [ir.Constant(_FLOAT, float(value))] * lanes)
 
     def at(self, pointer: Any, offset: Any) -> Any:
@@ -51,17 +52,28 @@ class Emitter:
         return self.builder.gep(pointer, [_INT(offset) if isinstance(offset, int) else offset])
 
     def plus(self, a: Any, b: Any) -> Any:
+        """Return the sum of two integers."""
         return self.builder.add(a, _INT(b) if isinstance(b, int) else b)
 
     def times(self, a: Any, b: Any) -> Any:
+        """Return the product of two integers."""
         return self.builder.mul(a, _INT(b) if isinstance(b, int) else b)
 
     def load(self, pointer: Any, lanes: int = LANES) -> Any:
+        """Read successive floats."""
         kind = ir.VectorType(_FLOAT, lanes).as_pointer()
         return self.builder.load(self.builder.bitcast(pointer, kind), align=4)
 
     def store(self, value: Any, pointer: Any) -> None:
+        """Write a vector's lanes to successive floats."""
         self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer()), align=4)
+
+    def prefetch(self, pointer: Any) -> None:
+        """Ask for the cache line at ``pointer``; any address is allowed."""
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = self.builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+        self.builder.call(function, [self.builder.bitcast(pointer, byte), word(0), word(3), word(1)])
 
     def splat(self, scalar: Any, kind: Any = _VECTOR) -> Any:
         """Return the vector that holds ``scalar`` in every lane."""
@@ -71,18 +83,23 @@ class Emitter:
         return self.builder.shuffle_vector(first, undefined, zeros)
 
     def broadcast(self, pointer: Any) -> Any:
+        """Read one float into every lane."""
         return self.splat(self.builder.load(pointer, align=4))
 
     def add(self, a: Any, b: Any) -> Any:
+        """Return ``a + b``."""
         return self.builder.fadd(a, b, flags=_CONTRACT)
 
     def subtract(self, a: Any, b: Any) -> Any:
+        """Return ``a - b``."""
         return self.builder.fsub(a, b, flags=_CONTRACT)
 
     def multiply(self, a: Any, b: Any) -> Any:
+        """Return ``a * b``."""
         return self.builder.fmul(a, b, flags=_CONTRACT)
 
     def divide(self, a: Any, b: Any) -> Any:
+        """Return ``a / b``."""
         return self.builder.fdiv(a, b)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
@@ -94,6 +111,7 @@ class Emitter:
         return self.splat(self.builder.fdiv(_FLOAT(1.0), self.builder.sitofp(count, _FLOAT)))
 
     def square_root(self, a: Any) -> Any:
+        """Return the square root."""
         kind = ir.FunctionType(_VECTOR, [_VECTOR])
         function = self.builder.module.declare_intrinsic(f"llvm.sqrt.v{LANES}f32", fnty=kind)
         return self.builder.call(function, [a])
@@ -104,12 +122,11 @@ class Emitter:
         a = self.builder.select(self.builder.fcmp_ordered("<", a, high), a, high)
         return self.builder.select(self.builder.fcmp_ordered(">", a, low), a, low)
 
-    def keep(self, a: Any, count: Any) -> Any:
-        """Return ``a`` with the lanes from ``count`` on set to zero."""
+    def first_lanes(self, count: Any, a: Any, b: Any) -> Any:
+        """Return the first ``count`` lanes of a, the others of b."""
         kind = ir.VectorType(_INT, LANES)
         lane = ir.Constant(kind, list(range(LANES)))
-        inside = self.builder.icmp_signed("<", lane, self.splat(count, kind))
-        return self.builder.select(inside, a, self.constant(0.0))
+        return self.builder.select(self.builder.icmp_signed("<", lane, self.splat(count, kind)), a, b)
 
     def polynomial(self, u: Any, coefficients: Sequence[float]) -> Any:
         """Return the sum of ``coefficients[i] * u**i``."""
@@ -133,9 +150,11 @@ class Emitter:
         return slot
 
     def get(self, slot: Any) -> Any:
+        """Read a slot."""
         return self.builder.load(slot)
 
     def set(self, slot: Any, value: Any) -> None:
+        """Write a slot."""
         self.builder.store(value, slot)
 
     def sum_lanes(self, a: Any) -> Any:
@@ -163,7 +182,7 @@ class Emitter:
 
 
 def vector_loop(emit: Callable[..., None]) -> Any:
-    """Turn ``emit(e, *arguments)`` into a function for Numba code: arrays arrive as float pointers, the rest as int64."""
+    """Turn ``emit(e, *arguments)`` into a function for Numba code; arrays arrive as pointers, the rest as int64."""
 
     def typed(typingctx: Any, *arguments: Any) -> Any:
         kinds = [a if isinstance(a, types.Array) else types.int64 for a in arguments]

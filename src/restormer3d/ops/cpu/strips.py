@@ -1,19 +1,31 @@
-"""Strips of rows on their way through time: how a tensor is split into tasks, and the ring of three tiles."""
+"""Strips of rows on their way through time: how a tensor is split into tasks, and the ring of three tiles.
+
+A ring holds the three latest frames of a strip, with one row above and one below it; frame t lies in slot t modulo 3.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from restormer3d.ops.cpu.loops import TILE_ROWS, clear, depthwise, depthwise_weight_gradient, normalize
+from restormer3d.ops.cpu.compiler import compiled
+from restormer3d.ops.cpu.loops import (
+    TILE_ROWS,
+    clear,
+    depthwise,
+    depthwise_add,
+    depthwise_weight_gradient,
+    normalize,
+)
 from restormer3d.ops.cpu.simd import LANES
-from restormer3d.ops.cpu.tiles import compiled, load, matrix_product, round_up
+from restormer3d.ops.cpu.tiles import Floats, load, matrix_product, round_up
 
 
 @compiled
 def strides(rows: int, width: int) -> tuple[int, int, int]:
     """Return floats per channel in a ring tile (``rows + 2`` rows), in a tile, and its columns for products."""
-    pitch = width + 1
-    return round_up((rows + 2) * pitch + 1, LANES), round_up(rows * pitch + 1 + LANES, LANES), round_up(rows * pitch, LANES)
+    inside = rows * (width + 1)
+    wide = round_up(inside + 2 * (width + 1) + 1, LANES)
+    return wide, round_up(inside + 1 + LANES, LANES), round_up(inside, LANES)
 
 
 @compiled
@@ -38,7 +50,7 @@ def bounds(task: int, shape: Any, rows: int, chunks: int) -> tuple[int, int, int
 
 
 @compiled
-def clear_unused(ring: Any, channels: int, rows: int, width: int) -> None:
+def clear_unused(ring: Floats, channels: int, rows: int, width: int) -> None:
     """Set to zero what no frame fills but a vector may touch: a stale NaN there would spread."""
     stride = strides(rows, width)[0]
     size = round_up(channels, TILE_ROWS) * stride
@@ -48,41 +60,58 @@ def clear_unused(ring: Any, channels: int, rows: int, width: int) -> None:
 
 
 @compiled
-def push(src: Any, b: int, t: int, h0: int, rows: int, ring: Any) -> None:
+def push(src: Floats, b: int, t: int, h0: int, rows: int, ring: Floats) -> None:
     """Put frame t of ``src``, with one row above and below, into the ring."""
     stride = strides(rows, src.shape[4])[0]
-    load(src, b, t, h0 - 1, rows + 2, ring, (t + 3) % 3 * round_up(src.shape[1], TILE_ROWS) * stride, stride)
+    slot = (t + 3) % 3 * round_up(src.shape[1], TILE_ROWS) * stride
+    load(src, b, t, h0 - 1, rows + 2, ring, slot, stride)
 
 
 @compiled
-def push_projected(x: Any, b: int, t: int, h0: int, rows: int, weight: Any, ring: Any, tile: Any, statistics: Any) -> None:
+def push_projected(
+    x: Floats, b: int, t: int, h0: int, rows: int, weight: Floats, ring: Floats, tile: Floats, statistics: Floats
+) -> None:
     """Put ``weight @ (x / std(x))`` of frame t, with one row above and below, into the ring."""
-    channels = x.shape[1]
     stride = strides(rows, x.shape[4])[0]
     slot = (t + 3) % 3 * weight.shape[0] * stride
     if 0 <= t < x.shape[2]:
         load(x, b, t, h0 - 1, rows + 2, tile, 0, stride)
-        normalize(tile, stride, channels, stride, statistics)
+        normalize(tile, stride, x.shape[1], stride, statistics)
         matrix_product(weight, tile, 0, stride, ring, slot, stride, stride)
     else:
         clear(ring, slot, weight.shape[0] * stride)
 
 
 @compiled
-def convolve(ring: Any, channels: int, c: int, t: int, rows: int, width: int, taps: Any, out: Any, io: int) -> None:
-    """Convolve channel c of the ring around frame t into a tile."""
+def around(channels: int, c: int, t: int, rows: int, width: int) -> tuple[int, int, int]:
+    """Return where channel c of the frames t - 1, t and t + 1 begins in a ring."""
     stride = strides(rows, width)[0]
     size = round_up(channels, TILE_ROWS) * stride
-    i0, i1, i2 = (t + 2) % 3 * size, t % 3 * size, (t + 1) % 3 * size
-    i = c * stride
-    depthwise(ring, i + i0, i + i1, i + i2, width + 1, taps, 27 * c, out, io + 1, rows, width)
+    return (t + 2) % 3 * size + c * stride, t % 3 * size + c * stride, (t + 1) % 3 * size + c * stride
 
 
 @compiled
-def correlate(ring: Any, channels: int, c: int, t: int, rows: int, width: int, grad: Any, ig: int, sums: Any, isum: int) -> None:
-    """Add to channel c's 27 weight gradients, given frame t's gradient of the convolution."""
-    stride = strides(rows, width)[0]
-    size = round_up(channels, TILE_ROWS) * stride
-    i0, i1, i2 = (t + 2) % 3 * size, t % 3 * size, (t + 1) % 3 * size
-    i = c * stride
-    depthwise_weight_gradient(ring, i + i0, i + i1, i + i2, width + 1, grad, ig + 1, sums, isum, rows, width)
+def convolve(
+    ring: Floats, channels: int, c: int, t: int, rows: int, width: int, taps: Floats, it: int, out: Floats, io: int
+) -> None:
+    """Convolve channel c of the ring around frame t into a tile."""
+    i0, i1, i2 = around(channels, c, t, rows, width)
+    depthwise(ring, i0, i1, i2, width + 1, taps, it, out, io + 1, rows, width)
+
+
+@compiled
+def convolve_add(
+    ring: Floats, channels: int, c: int, t: int, rows: int, width: int, taps: Floats, it: int, out: Floats, io: int
+) -> None:
+    """As :func:`convolve`, added to the tile."""
+    i0, i1, i2 = around(channels, c, t, rows, width)
+    depthwise_add(ring, i0, i1, i2, width + 1, taps, it, out, io + 1, rows, width)
+
+
+@compiled
+def correlate(
+    ring: Floats, channels: int, c: int, t: int, rows: int, width: int, grad: Floats, ig: int, sums: Floats, isum: int
+) -> None:
+    """Add to 27 weight gradients, given frame t's gradient of the convolution of channel c."""
+    i0, i1, i2 = around(channels, c, t, rows, width)
+    depthwise_weight_gradient(ring, i0, i1, i2, width + 1, grad, ig + 1, sums, isum, rows, width)

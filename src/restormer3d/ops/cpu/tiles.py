@@ -7,11 +7,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
-from restormer3d.ops.cpu.simd import LANES
-from restormer3d.ops.cpu.loops import clear, load_rows, store_row_sums, store_rows, SUM_COLUMNS, SUM_ROWS, TILE_ROWS, sum_tile, tile1, tile2, tile3, transpose
+import numpy as np
 
-compiled = numba.njit(fastmath={"contract", "reassoc", "nsz"}, nogil=True, cache=True)
+from restormer3d.ops.cpu.compiler import compiled
+from restormer3d.ops.cpu.loops import (
+    SUM_COLUMNS,
+    SUM_ROWS,
+    TILE_ROWS,
+    clear,
+    load_rows,
+    store_row_sums,
+    store_rows,
+    sum_tile,
+    tile1,
+    tile2,
+    tile3,
+    transpose,
+)
+from restormer3d.ops.cpu.simd import LANES
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+"""A C-contiguous float32 array, in Numba code."""
 
 
 @compiled
@@ -27,7 +43,7 @@ def room(size: int) -> int:
 
 
 @compiled
-def part(scratch: Any, sizes: Any, index: int) -> Any:
+def part(scratch: Floats, sizes: Any, index: int) -> Any:
     """Return one part of a thread's scratch, laid out by the sizes of its parts."""
     start = 0
     for i in range(index):
@@ -36,37 +52,42 @@ def part(scratch: Any, sizes: Any, index: int) -> Any:
 
 
 @compiled
-def load(src: Any, b: int, t: int, h0: int, rows: int, dst: Any, i: int, stride: int) -> None:
+def load(src: Floats, b: int, t: int, h0: int, rows: int, dst: Floats, i: int, stride: int) -> None:
     """Copy rows ``h0…h0+rows`` of frame t of every channel into a tile; what lies outside of the tensor is zero."""
     channels, frames, height, width = src.shape[1:]
     pitch = width + 1
     above = max(0, -h0)
     inside = min(rows, height - h0) - above if 0 <= t < frames else 0
+    ahead = 3 * frames * height * width  # three channels on: they lie too far apart for the processor to guess
     for c in range(channels):
         base = i + c * stride
         clear(dst, base, above * pitch)
         first = base + above * pitch
-        load_rows(src, (((b * channels + c) * frames + t) * height + h0 + above) * width, dst, first, inside, width)
+        load_rows(
+            src, (((b * channels + c) * frames + t) * height + h0 + above) * width, dst, first, inside, width, ahead
+        )
         clear(dst, first + inside * pitch, base + stride - first - inside * pitch)
 
 
 @compiled
-def store(src: Any, i: int, dst: Any, b: int, c: int, t: int, h0: int, rows: int) -> None:
+def store(src: Floats, i: int, dst: Floats, b: int, c: int, t: int, h0: int, rows: int) -> None:
     """Copy ``rows`` rows of one channel of a tile into frame t of the tensor."""
     channels, frames, height, width = dst.shape[1:]
     store_rows(src, i, dst, (((b * channels + c) * frames + t) * height + h0) * width, rows, width)
 
 
 @compiled
-def store_sum(src: Any, stride: int, add: Any, dst: Any, b: int, t: int, h0: int, rows: int) -> None:
+def store_sum(src: Floats, stride: int, add: Floats, dst: Floats, b: int, t: int, h0: int, rows: int) -> None:
     """Write ``add`` plus the tile into frame t of the tensor, every channel."""
     channels, frames, height, width = dst.shape[1:]
     for c in range(channels):
-        store_row_sums(src, c * stride, add, dst, (((b * channels + c) * frames + t) * height + h0) * width, rows, width)
+        store_row_sums(
+            src, c * stride, add, dst, (((b * channels + c) * frames + t) * height + h0) * width, rows, width
+        )
 
 
 @compiled
-def clear_borders(tile: Any, channels: int, stride: int, rows: int, width: int) -> None:
+def clear_borders(tile: Floats, channels: int, stride: int, rows: int, width: int) -> None:
     """Set everything but the first ``rows`` rows of each channel to zero, the column between rows included."""
     pitch = width + 1
     for c in range(channels):
@@ -77,7 +98,7 @@ def clear_borders(tile: Any, channels: int, stride: int, rows: int, width: int) 
 
 
 @compiled
-def matrix_product(a: Any, b: Any, ib: int, ldb: int, c: Any, ic: int, ldc: int, columns: int) -> None:
+def matrix_product(a: Floats, b: Floats, ib: int, ldb: int, c: Floats, ic: int, ldc: int, columns: int) -> None:
     """Write ``c = a @ b[:, :columns]``; a has a multiple of TILE_ROWS rows, columns is a multiple of LANES."""
     rows, depth = a.shape
     flat = a.reshape(-1)
@@ -93,16 +114,18 @@ def matrix_product(a: Any, b: Any, ib: int, ldb: int, c: Any, ic: int, ldc: int,
 
 
 @compiled
-def sum_product(a: Any, ia: int, lda: int, b: Any, c: Any, rows: int, columns: int, depth: int) -> None:
-    """Add ``a @ b`` to c, b (depth, columns); rows are rounded up to SUM_ROWS, columns is a multiple of SUM_COLUMNS."""
-    flat = c.reshape(-1)
+def sum_product(a: Floats, ia: int, lda: int, b: Floats, c: Floats, rows: int, depth: int) -> None:
+    """Add ``a @ b`` to c, whose rows are a multiple of SUM_ROWS, columns of SUM_COLUMNS; ``depth`` columns of a."""
+    columns, flat = c.shape[1], c.reshape(-1)
     for j in range(0, columns, SUM_COLUMNS):
         for m in range(0, rows, SUM_ROWS):
             sum_tile(a, ia + m * lda, lda, b, j, columns, flat, m * columns + j, columns, depth)
 
 
 @compiled
-def transpose_tile(tile: Any, i: int, stride: int, channels: int, columns: int, out: Any, out_stride: int) -> None:
+def transpose_tile(
+    tile: Floats, i: int, stride: int, channels: int, columns: int, out: Floats, out_stride: int
+) -> None:
     """Write ``out[column, channel]``; channels are rounded up to LANES, columns is a multiple of LANES."""
     for c in range(0, channels, LANES):
         for j in range(0, columns, LANES):

@@ -1,37 +1,14 @@
-"""The command line: each command is one workflow function with a typed signature.
-
-Nothing heavy is imported before a command runs, so that `--help` answers at once.
-"""
+"""The commands of every day: denoise, inspect, demo."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 
-app = App(name="restormer3d", help="Denoise two-photon calcium imaging stacks from the noisy stack alone.")
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-_STAGES = {"check": "reading", "train": "training", "denoise": "denoising"}
-
-
-def main() -> None:
-    """Run the command line; exit 0 if all went well, 1 if a stack failed, 2 for bad arguments, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's kill cleans up as Ctrl-C does
-    try:
-        status = app(exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        status = _refuse(error)
-    except KeyboardInterrupt:
-        _say("interrupted: no half-written file is left")
-        status = 130
-    sys.exit(status)
+from restormer3d.cli.terminal import Methods, app, progress_bars, refuse, say, set_threads
 
 
 @app.command
@@ -41,7 +18,7 @@ def denoise(
     *,
     output: Annotated[Path, Parameter(alias="-o")],
     recipe: Literal["default", "published"] = "default",
-    method: Literal["restormer3d", "gaussian", "temporal-mean", "svd"] = "restormer3d",
+    method: Methods = "restormer3d",
     weights: str | None = None,
     iterations: int | None = None,
     batch_size: int | None = None,
@@ -49,6 +26,7 @@ def denoise(
     overlap: float | None = None,
     seed: int | None = None,
     blind_spot: str | None = None,
+    sigma: Annotated[tuple[float, float] | None, Parameter(negative="")] = None,
     device: str = "auto",
     threads: int | None = None,
     time_limit: float | None = None,
@@ -82,6 +60,8 @@ def denoise(
         Of patches, masks and initial weights: the same seed on one device gives the same result.
     blind_spot
         "auto" measures how far the noise is correlated; "point", or axes and odd widths such as x3 or x3y3.
+    sigma
+        Widths of the Gaussian filter in frames and pixels; by default chosen by held-out frames.
     device
         auto, cpu, cuda or mps.
     threads
@@ -99,7 +79,7 @@ def denoise(
         from restormer3d.planning import settings, torch_device
         from restormer3d.workflow import denoise_files, output_files
 
-        _set_threads(threads)
+        set_threads(threads)
         torch_device(device)
         output_files(stacks, output)
         if save_weights is not None and len(stacks) > 1:
@@ -115,11 +95,12 @@ def denoise(
             overlap=overlap,
             seed=seed,
             blind_spot=blind_spot,
+            sigma=sigma,
             config_file=config,
         )
     except ValueError as error:
-        return _refuse(error)
-    with _progress() as progress:
+        return refuse(error)
+    with progress_bars() as progress:
         failures = denoise_files(
             stacks,
             output,
@@ -130,10 +111,10 @@ def denoise(
             overwrite=overwrite,
             save_weights_to=save_weights,
             progress=progress,
-            say=_say,
+            say=say,
         )
     if failures:
-        _say(f"{len(failures)} of {len(stacks)} stacks failed")
+        say(f"{len(failures)} of {len(stacks)} stacks failed")
     return 1 if failures else 0
 
 
@@ -151,7 +132,7 @@ def inspect(stack: Path) -> int:
     try:
         facts = inspect(stack)
     except (OSError, ValueError) as error:
-        _say(f"failed: {error}")
+        say(f"failed: {error}")
         return 1
     Console(highlight=False, soft_wrap=True).print(describe(facts), markup=False)
     return 0
@@ -170,55 +151,6 @@ def demo(*, output: Annotated[Path, Parameter(alias="-o")] = Path("demo"), minut
     """
     from restormer3d.demo import demo
 
-    with _progress() as progress:
-        demo(output, minutes=minutes, progress=progress, say=_say)
+    with progress_bars() as progress:
+        demo(output, minutes=minutes, progress=progress, say=say)
     return 0
-
-
-def _say(text: str) -> None:
-    _console.print(text, markup=False)
-
-
-def _refuse(error: Exception) -> int:
-    _say(f"bad arguments: {error}")
-    return 2
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars with rate and time left, one per stage of the stack at hand."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=_console, transient=True) as bars:
-        tasks = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(_STAGES.get(stage, stage), total=total, rate="")
-            speed = bars.tasks[bars.task_ids.index(tasks[stage])].speed
-            bars.update(tasks[stage], completed=done, rate=f"{speed:.2g}/s" if speed else "")
-            if done >= total:
-                bars.remove_task(tasks.pop(stage))
-
-        yield report
-
-
-if __name__ == "__main__":
-    main()

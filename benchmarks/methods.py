@@ -1,0 +1,168 @@
+"""The rows of the quality table: every method reads a noisy TIFF file and writes a denoised one, as a user's would.
+
+Filters come from `restormer3d.baselines`; an oracle tries a grid and keeps what scores best against the truth, which
+nobody has. Networks go through `denoise_files`, time limit and all.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
+from restormer3d.stacks import open_stack, write_stack
+
+GAUSSIAN_GRID = {"sigma_t": (1, 2, 3, 5, 8, 12, 20, 30, 45), "sigma_xy": (0, 0.5, 0.8, 1, 1.3, 1.8)}
+SVD_GRID = {"sigma_t": (1, 2, 4, 8), "sigma_xy": (0, 0.5, 0.8, 1.2)}
+_RECORDED = ("settings", "weights", "device", "engine", "threads", "blind_spot", "seconds")
+
+Score = Callable[[Iterable[np.ndarray]], float]
+"""How good denoised frames are, for an oracle: higher is better."""
+
+Run = Callable[[Path, Path, dict[str, Any], Score], dict[str, Any]]
+"""(noisy file, file to write, arguments of the job, score) -> what was done."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: its name in the table, how it runs, and the score that an oracle chooses by."""
+
+    label: str
+    run: Run
+    kind: Literal["filter", "network", "peer"] = "filter"
+    oracle: str = ""
+    grid: dict[str, tuple[float, ...]] | None = None
+
+
+def raw(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
+    shutil.copyfile(noisy, output)
+    return {}
+
+
+def temporal_mean(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
+    return _filter(noisy, output, temporal_mean_frames)
+
+
+def gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
+    """Filter with the widths that predict held-out frames best: what `--method gaussian` does."""
+    with open_stack(noisy) as stack:
+        sigma_t, sigma_xy = choose_gaussian(stack)
+    _filter(noisy, output, partial(gaussian_frames, sigma_t=sigma_t, sigma_xy=sigma_xy))
+    return {"sigma_t": sigma_t, "sigma_xy": sigma_xy}
+
+
+def gaussian_oracle(
+    noisy: Path, output: Path, _: dict[str, Any], score: Score, *, around_mean: bool = False
+) -> dict[str, Any]:
+    """Filter with the grid point of the best score."""
+    scores = {}
+    with open_stack(noisy) as stack:
+        for sigma_xy in GAUSSIAN_GRID["sigma_xy"]:
+            blurred = np.stack(list(gaussian_frames(stack, 0, sigma_xy, around_mean=around_mean)))
+            for sigma_t in GAUSSIAN_GRID["sigma_t"]:
+                scores[sigma_t, sigma_xy] = score(gaussian_frames(blurred, sigma_t, 0))
+    return _filter_best(
+        noisy, output, scores, lambda t, xy: partial(gaussian_frames, sigma_t=t, sigma_xy=xy, around_mean=around_mean)
+    )
+
+
+def svd(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
+    """Decompose without smoothing: singular values are shrunk."""
+    return _filter(noisy, output, partial(svd_frames, sigma_t=0, sigma_xy=0))
+
+
+def svd_gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
+    """Decompose and smooth a little: what `--method svd` does."""
+    return _filter(noisy, output, svd_frames)
+
+
+def svd_gaussian_oracle(noisy: Path, output: Path, _: dict[str, Any], score: Score) -> dict[str, Any]:
+    """Decompose and smooth by the grid point of the best score."""
+    with open_stack(noisy) as stack:
+        scores = {
+            (sigma_t, sigma_xy): score(svd_frames(stack, sigma_t=sigma_t, sigma_xy=sigma_xy))
+            for sigma_t in SVD_GRID["sigma_t"]
+            for sigma_xy in SVD_GRID["sigma_xy"]
+        }
+    return _filter_best(noisy, output, scores, lambda t, xy: partial(svd_frames, sigma_t=t, sigma_xy=xy))
+
+
+def network(noisy: Path, output: Path, arguments: dict[str, Any], _: Score) -> dict[str, Any]:
+    """Denoise by `denoise_files`; `arguments` are those of `planning.settings`, the device and the time limit."""
+    from restormer3d.planning import settings
+    from restormer3d.workflow import denoise_files
+
+    arguments = dict(arguments)
+    device, time_limit = arguments.pop("device"), arguments.pop("time_limit")
+    failures = denoise_files(
+        [noisy],
+        output,
+        settings(**arguments),
+        device=device,
+        time_limit=time_limit,
+        say=lambda line: print(f"    {line}", file=sys.stderr, flush=True),
+    )
+    for error in failures.values():
+        raise error
+    record = json.loads(output.with_name(output.name + ".json").read_text())
+    if record["method"] != "restormer3d":
+        raise RuntimeError(f"the time limit of {time_limit:g} min leaves no time for a network: give more")
+    return {name: record[name] for name in _RECORDED}
+
+
+def peer(noisy: Path, output: Path, arguments: dict[str, Any], _: Score) -> dict[str, Any]:
+    """Denoise by another program: a command with {noisy} and {output}."""
+    command = [part.format(noisy=noisy, output=output) for part in shlex.split(arguments["command"])]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return {}
+
+
+METHODS = {
+    "raw": Method("raw", raw),
+    "temporal-mean": Method("temporal mean", temporal_mean),
+    "gaussian": Method("Gaussian, widths by held-out frames (`--method gaussian`)", gaussian),
+    "gaussian-oracle": Method("Gaussian", gaussian_oracle, oracle="stsnr", grid=GAUSSIAN_GRID),
+    "gaussian-activity-oracle": Method("Gaussian", gaussian_oracle, oracle="activity_snr", grid=GAUSSIAN_GRID),
+    "mean-gaussian-oracle": Method(
+        "temporal mean + Gaussian of the rest",
+        partial(gaussian_oracle, around_mean=True),
+        oracle="stsnr",
+        grid=GAUSSIAN_GRID,
+    ),
+    "svd": Method("SVD, shrunk, not smoothed", svd),
+    "svd-gaussian": Method("SVD + small Gaussian (`--method svd`)", svd_gaussian),
+    "svd-gaussian-oracle": Method("SVD + Gaussian", svd_gaussian_oracle, oracle="stsnr", grid=SVD_GRID),
+    "peer": Method("peer", peer, "peer"),
+    "published-scratch": Method("Restormer3D, published recipe, from scratch", network, "network"),
+    "default-scratch": Method("Restormer3D, default recipe, from scratch", network, "network"),
+    "default-not-fine-tuned": Method("Restormer3D, default, pretrained weights as they are", network, "network"),
+    "default": Method("**Restormer3D, default**, pretrained and fine-tuned", network, "network"),
+}
+"""In the order of the table."""
+
+
+def _filter(noisy: Path, output: Path, frames_of: Callable[[Any], Iterator[np.ndarray]]) -> dict[str, Any]:
+    with open_stack(noisy) as stack:
+        write_stack(output, frames_of(stack), shape=stack.shape, dtype=stack.dtype)
+    return {}
+
+
+def _filter_best(
+    noisy: Path,
+    output: Path,
+    scores: dict[tuple[float, float], float],
+    filter_of: Callable[[float, float], Callable[[Any], Iterator[np.ndarray]]],
+) -> dict[str, Any]:
+    sigma_t, sigma_xy = max(scores, key=lambda point: scores[point])
+    _filter(noisy, output, filter_of(sigma_t, sigma_xy))
+    return {"sigma_t": sigma_t, "sigma_xy": sigma_xy}

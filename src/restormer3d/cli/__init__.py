@@ -1,0 +1,29 @@
+"""The command line: each command is one workflow function with a typed signature.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from cyclopts import CycloptsError
+
+from restormer3d.cli import denoising, measuring
+from restormer3d.cli.terminal import app, refuse, say
+
+__all__ = ["app", "denoising", "main", "measuring"]
+
+
+def main() -> None:
+    """Run the command line; exit 0 if all went well, 1 if a stack failed, 2 for bad arguments, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's kill cleans up as Ctrl-C does
+    try:
+        status = app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        status = refuse(error)
+    except KeyboardInterrupt:
+        say("interrupted: no half-written file is left")
+        status = 130
+    sys.exit(status)

@@ -1,0 +1,65 @@
+"""What all commands share: the application, messages, progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from cyclopts import App
+from rich.console import Console
+
+app = App(name="restormer3d", help="Denoise two-photon calcium imaging stacks from the noisy stack alone.")
+
+Methods = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_STAGES = {"check": "reading", "train": "training", "denoise": "denoising", "svd": "denoising"}
+
+
+def say(text: str) -> None:
+    """Print a line for the user, on the error stream: the output stream is for results."""
+    _console.print(text, markup=False)
+
+
+def refuse(error: Exception) -> int:
+    """Say what is wrong with the arguments; 2 is the exit status for that."""
+    say(f"bad arguments: {error}")
+    return 2
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; None leaves all cores."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars with rate and time left, one per stage of the stack at hand."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=_console, transient=True) as bars:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(_STAGES.get(stage, stage), total=total, rate="")
+            speed = bars.tasks[bars.task_ids.index(tasks[stage])].speed
+            bars.update(tasks[stage], completed=done, rate=f"{speed:.2g}/s" if speed else "")
+            if done >= total:
+                bars.remove_task(tasks.pop(stage))
+
+        yield report
