@@ -105,8 +105,7 @@ def _scene_cell(job: dict[str, Any], method: Method, workspace: Path, target: Pa
 def _real_cell(job: dict[str, Any], method: Method, workspace: Path, _: Path) -> dict[str, Any]:
     """Score without truth: held-out frames, then, but for an oracle, what is left in the residual."""
     with open_stack(job["path"]) as stack:
-        t0, t1, y0, y1, x0, x1 = job["crop"] or (0, stack.shape[0], 0, stack.shape[1], 0, stack.shape[2])
-        recording = stack[t0:t1, y0:y1, x0:x1]
+        recording = stack[tuple(slice(*span) for span in job["crop"]) or slice(None)]
     cell: dict[str, Any] = {"noise": _noise(recording)} if job["method"] == "raw" else {}
 
     def run(name: str, frames: np.ndarray) -> Iterator[np.ndarray]:

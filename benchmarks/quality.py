@@ -6,11 +6,7 @@ that was killed goes on where it stopped, and a cell that exists is not computed
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,17 +17,14 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from benchmarks.cells import ROOT, write_json
-from benchmarks.methods import METHODS
-from benchmarks.pictures import draw_levels
-from benchmarks.tables import BEGIN, END, machine, markdown
+from benchmarks.jobs import Options, cell_file, real_job, rows, scene_jobs, without_folders
+from benchmarks.pictures import draw_level
+from benchmarks.tables import markdown, this_machine
 
-FIRST_SEED = 5000  # scene k has seed 5000 + k: no scene of pretraining or of its validation
-_SETTINGS = {
-    "published-scratch": {"recipe_name": "published", "weights": "none"},
-    "default-scratch": {"recipe_name": "default", "weights": "none"},
-    "default-not-fine-tuned": {"recipe_name": "default", "iterations": 0},
-    "default": {"recipe_name": "default"},
-}
+BEGIN = "<!-- quality table: begin (written by benchmarks.quality --write; edit nothing here by hand) -->"
+END = "<!-- quality table: end -->"
+_QUICK_NOTE = "**A check that the benchmark runs, with a tiny network: the numbers mean nothing.**"
+_QUICK_REAL_METHODS = ("raw", "gaussian", "gaussian-oracle", "default")
 _QUICK_CONFIG = """
 [model]
 dim = 8
@@ -46,33 +39,33 @@ warmup_iterations = 0
 [inference]
 window = [16, 16, 16]
 """
-_QUICK_REAL_METHODS = ("raw", "gaussian", "gaussian-oracle", "default")
-Many = Parameter(consume_multiple=True, negative="")
+_Many = Parameter(consume_multiple=True, negative="")
+_Flag = Parameter(negative="")
 
-app = App(name="python -m benchmarks.quality")
+app = App(name="python -m benchmarks.quality", help_format="plaintext")
 
 
 @app.default
 def quality(
     *,
-    shape: Annotated[tuple[int, int, int], Parameter(negative="")] = (200, 96, 96),
+    shape: Annotated[tuple[int, int, int], _Flag] = (200, 96, 96),
     scenes: int = 2,
-    levels: Annotated[tuple[int, ...], Many] = (1, 2, 3),
-    methods: Annotated[tuple[str, ...], Many] = (),
+    levels: Annotated[tuple[int, ...], _Many] = (1, 2, 3),
+    methods: Annotated[tuple[str, ...], _Many] = (),
     iterations: int | None = None,
     published_iterations: int | None = None,
     time_limit: float | None = None,
     seed: int = 0,
-    real: Annotated[tuple[str, ...], Many] = (),
+    real: Annotated[tuple[str, ...], _Many] = (),
     weights: str | None = None,
     config: Path | None = None,
     device: str = "auto",
     peer_command: str | None = None,
     folder: Path = Path("runs/quality"),
-    quick: Annotated[bool, Parameter(negative="")] = False,
     write: Path | None = None,
+    quick: Annotated[bool, _Flag] = False,
 ) -> int:
-    """Fill the quality table.
+    """Fill the quality table; resumes where it was stopped.
 
     Parameters
     ----------
@@ -83,10 +76,11 @@ def quality(
     levels
         Noise levels: 1, 2, 3.
     methods
-        Rows to compute, by their names in benchmarks/methods.py. All by default.
-    iterations, published_iterations
-        Noise2Void iterations of the default recipe (with and without weights), and of the published one. By default the
-        recipes' own.
+        Rows, by their names in benchmarks/methods.py. All by default.
+    iterations
+        Noise2Void iterations of the default recipe, with weights and from scratch. By default the recipe's.
+    published_iterations
+        Noise2Void iterations of the published recipe. By default the recipe's.
     time_limit
         Minutes for each network on each stack: the recipes at equal time.
     seed
@@ -100,87 +94,118 @@ def quality(
     device
         auto, cpu, cuda or mps.
     peer_command
-        Another program, as a row: a command with {noisy} and {output}, both TIFF files.
+        Another program as a row: a command with {noisy} and {output}, both TIFF files.
     folder
         Where the cells are kept.
-    quick
-        A check of a minute that every row can be computed and the table be written; the numbers mean nothing.
     write
-        Markdown file whose table is replaced; the pictures and the JSON of all cells go beside it.
+        Markdown file whose table is replaced; pictures and the JSON of all cells go beside it.
+    quick
+        Only check, within a minute, that every row can be computed and the table be written.
     """
-    command = "python -m benchmarks.quality " + _without_folders(sys.argv[1:])
-    jobs: list[dict[str, Any]] = []
+    options = Options(iterations, published_iterations, time_limit, seed, weights, config, device, peer_command)
     if quick:
-        folder = Path(tempfile.mkdtemp(prefix="quality-"))
-        write = _quick_document(folder)
-        shape, scenes, levels, iterations, published_iterations = (40, 32, 32), 1, (2,), 2, 2
-        config, weights = _quick_network(folder)
-        real = (f"{ROOT / 'src/restormer3d/data/fmi_mouse_gcamp_192x96x96.tif'}:0:33:30:62:30:62",)
-        peer_command = "cp {noisy} {output}"
-    rows = _rows(methods, weights, iterations, published_iterations, seed, config, device, time_limit, peer_command)
-    for row in rows:
-        jobs += [_scene_job(row, number, level, shape) for level in levels for number in range(scenes)]
-        jobs += [_real_job(row, text) for text in real if not quick or row["method"] in _QUICK_REAL_METHODS]
+        with tempfile.TemporaryDirectory() as temporary:
+            return _quick(Path(temporary))
+    chosen = rows(methods, options)
+    jobs = [job for row in chosen for job in scene_jobs(row, shape, scenes, levels)]
+    jobs += [real_job(row, text) for row in chosen for text in real]
+    return fill_table(jobs, folder, write)
+
+
+def fill_table(jobs: list[dict[str, Any]], folder: Path, write: Path | None, note: str = "") -> int:
+    """Compute the cells that are missing and write the table.
+
+    Parameters
+    ----------
+    jobs : list of dict
+        See `benchmarks.jobs`.
+    folder : Path
+        Holds the cells; `results.json` and `table.md` are written there.
+    write : Path, optional
+        Markdown file whose table is replaced.
+    note : str
+        A line above the table.
+
+    Returns
+    -------
+    int
+        The number of cells that failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    failed = _compute(sorted(jobs, key=_order), folder)
-    cells = [json.loads(path.read_text()) for path in (_path(folder, job) for job in jobs) if path.exists()]
-    results = {"command": command, "machine": machine(), "cells": cells}
+    failed = _compute(sorted(jobs, key=lambda job: (job["kind"] == "real", job.get("number", 0))), folder)
+    files = [path for path in (cell_file(folder, job) for job in jobs) if path.exists()]
+    cells = [json.loads(path.read_text()) for path in files]
+    command = f"python -m benchmarks.quality {without_folders(sys.argv[1:])}"
+    results = {"command": command, "machine": this_machine(), "cells": cells}
+    table = "\n\n".join(part for part in (note, markdown(results)) if part)
     write_json(folder / "results.json", results)
-    table = markdown(results, list(METHODS))
-    (folder / "table.md").write_text(table)
+    (folder / "table.md").write_text(table + "\n")
     print(table)
     if write is not None:
-        _write_document(write, table, results, folder)
-    return 1 if failed else 0
+        _write(write, table, results, files)
+    return failed
 
 
-def _rows(
-    names: tuple[str, ...],
-    weights: str | None,
-    iterations: int | None,
-    published_iterations: int | None,
-    seed: int,
-    config: Path | None,
-    device: str,
-    time_limit: float | None,
-    peer_command: str | None,
-) -> list[dict[str, Any]]:
-    """Return method, label, arguments, and all settings that the result depends on, for each row that can run."""
-    if unknown := set(names) - set(METHODS):
-        raise ValueError(f"unknown method {', '.join(sorted(unknown))}: expected some of {', '.join(METHODS)}")
-    rows = []
-    for name, method in METHODS.items():
-        row: dict[str, Any] = {"method": name, "label": method.label, "arguments": {}, "settings": method.grid or {}}
-        if names and name not in names or (method.kind == "peer" and peer_command is None):
-            continue
-        if method.kind == "peer" and peer_command is not None:
-            row["arguments"] = row["settings"] = {"command": peer_command}
-            row["label"] = f"peer: `{_without_folders(shlex.split(peer_command))}`"
-        if method.kind == "network":
-            count = published_iterations if name.startswith("published") else iterations
-            arguments = {"weights": weights, "iterations": count, "seed": seed, "config_file": config}
-            found = _network(arguments | _SETTINGS[name], device, time_limit)
-            if found is None:
-                print(f"{method.label}: left out, for there are no pretrained weights", file=sys.stderr)
-                continue
-            row |= found
-        rows.append(row)
-    return rows
+def _compute(jobs: list[dict[str, Any]], folder: Path) -> int:
+    """Compute each missing cell in a process of its own; one that fails does not stop the others."""
+    missing = [job for job in jobs if not cell_file(folder, job).exists()]
+    print(f"{len(jobs)} cells, {len(jobs) - len(missing)} of them in {folder} already", file=sys.stderr)
+    failed = 0
+    for done, job in enumerate(missing, start=1):
+        target = cell_file(folder, job)
+        started = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-m", "benchmarks.cells", str(target.resolve())],
+            input=json.dumps(job),
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        failed += ended.returncode != 0
+        outcome = "FAILED after" if ended.returncode else "in"
+        print(f"[{done}/{len(missing)}] {target.stem} {outcome} {time.monotonic() - started:.1f} s", file=sys.stderr)
+    return failed
 
 
-def _network(arguments: dict[str, Any], device: str, time_limit: float | None) -> dict[str, Any] | None:
-    """Resolve the settings of a network; None if it is to start from weights and there are none."""
-    from restormer3d.checkpoint import shipped_weights
+def _write(document: Path, table: str, results: dict[str, Any], files: list[Path]) -> None:
+    """Put table, pictures and JSON into the document's folder."""
+    pictures = []
+    for level in sorted({cell["level"] for cell in results["cells"] if cell["kind"] == "scene"}):
+        drawn = {
+            cell["label"]: path.with_suffix(".npz")
+            for cell, path in zip(results["cells"], files, strict=True)
+            if cell["kind"] == "scene" and cell["level"] == level and cell["number"] == 0
+        }
+        target = document.with_name(f"{document.stem}_level{level}.png")
+        draw_level(drawn, target, level)
+        pictures.append(f"![All methods on one scene at level {level}]({target.name})")
+    write_json(document.with_suffix(".json"), results)
+    text = document.read_text() if document.exists() else f"{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{document}: expected the lines {BEGIN!r} and {END!r}, between which the table goes")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    document.write_text("\n\n".join([before + BEGIN, table, *pictures, END + after]))
+
+
+def _quick(folder: Path) -> int:
+    """Compute every row once at a tiny size and write a copy of the document."""
+    from restormer3d.checkpoint import save_weights
+    from restormer3d.model import Restormer3D
     from restormer3d.planning import settings
-    from restormer3d.sidecar import weights_record
 
-    scratch = _SETTINGS["default-scratch"].items() <= arguments.items() or arguments["recipe_name"] == "published"
-    if not scratch and (arguments["weights"] == "none" or not (arguments["weights"] or shipped_weights())):
-        return None
-    for name in ("weights", "config_file"):
-        if arguments[name] not in (None, "none"):
-            arguments[name] = str(Path(arguments[name]).resolve())
-    chosen = settings(**arguments)
-    resolved = {part: getattr(chosen, part).model_dump() for part in ("model", "training", "inference")}
-    resolved |= {"weights": weights_record(chosen), "device": device, "time_limit": time_limit}
-    return {"arguments": arguments | {"device": device, "time_limit": time_limit}, "settings": resolved}
+    config, weights, document = folder / "tiny.toml", folder / "tiny.safetensors", folder / "quality.md"
+    config.write_text(_QUICK_CONFIG)
+    save_weights(weights, Restormer3D(settings(weights="none", config_file=config).model))
+    document.write_text((ROOT / "docs/quality.md").read_text())
+    options = Options(2, 2, weights=str(weights), config=config, peer_command="cp {noisy} {output}")
+    recording = ROOT / "src/restormer3d/data/fmi_mouse_gcamp_192x96x96.tif"
+    chosen = rows((), options)
+    jobs = [job for row in chosen for job in scene_jobs(row, (40, 32, 32), 1, (2,))]
+    jobs += [
+        real_job(row, f"{recording}:0:33:30:62:30:62") for row in chosen if row["method"] in _QUICK_REAL_METHODS
+    ]
+    return fill_table(jobs, folder / "cells", document, _QUICK_NOTE)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -10,7 +10,13 @@ import torch
 from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
 from restormer3d.model import Restormer3D
 
-TINY = {"dim": 8, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "heads": (1, 1, 2, 2), "last_level_channels": 8}
+TINY = {
+    "dim": 8,
+    "num_blocks": (1, 1, 1, 1),
+    "num_refinement_blocks": 1,
+    "heads": (1, 1, 2, 2),
+    "last_level_channels": 8,
+}
 
 
 def blinking_cells(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -126,5 +126,9 @@ def test_windows_are_counted_as_they_are_computed():
     config = InferenceConfig(window=(16, 16, 16), batch_size=3)
     calls = []
     stack = np.zeros((37, 40, 20), np.float32)
-    list(denoise_frames(Identity(), stack, UNIT, np.zeros((40, 20), np.float32), config, progress=lambda *a: calls.append(a)))
+    list(
+        denoise_frames(
+            Identity(), stack, UNIT, np.zeros((40, 20), np.float32), config, progress=lambda *a: calls.append(a)
+        )
+    )
     assert calls[-1] == ("denoise", count_windows(stack.shape, config), count_windows(stack.shape, config))

@@ -52,9 +52,7 @@ def test_all_eight_symmetries_occur_and_correlated_noise_is_not_turned():
 
 def test_small_stacks_give_small_patches(noisy_stack):
     sources = [training_stack(noisy_stack), training_stack(noisy_stack[:5, :9, :12])]
-    shapes = {
-        random_patches(sources, (8, 16, 16), 2, np.random.default_rng(i)).noisy.shape[2:] for i in range(20)
-    }
+    shapes = {random_patches(sources, (8, 16, 16), 2, np.random.default_rng(i)).noisy.shape[2:] for i in range(20)}
     assert shapes == {(8, 16, 16), (5, 9, 12)}
 
 
