@@ -9,6 +9,8 @@ import importlib
 import json
 import math
 import os
+import platform
+import re
 import resource
 import subprocess
 import sys
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
+import psutil
 from benchmarks.methods import METHODS, Method, Score
+
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.noise import estimate_noise
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
@@ -46,7 +49,7 @@ def main() -> None:
         "load_average": load,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {name: version(name) for name in ("restormer3d", "numpy", "torch")},
+        "machine": _machine(),
     }
     write_json(target, cell)
 
@@ -128,9 +131,7 @@ def _real_cell(job: dict[str, Any], method: Method, workspace: Path, _: Path) ->
     return cell
 
 
-def _run(
-    method: Method, source: Path, output: Path, arguments: dict[str, Any], score: Score
-) -> dict[str, Any]:
+def _run(method: Method, source: Path, output: Path, arguments: dict[str, Any], score: Score) -> dict[str, Any]:
     """Denoise one file against the clock; libraries are loaded before it starts."""
     if method.kind == "network":
         importlib.import_module("restormer3d.workflow")
@@ -156,12 +157,14 @@ def _peak_memory(method: Method) -> float:
     return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _gpu_memory(method: Method) -> dict[str, float]:
+def _gpu_memory(method: Method) -> dict[str, Any]:
     if method.kind != "network":
         return {}
     import torch
 
-    return {"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6} if torch.cuda.is_available() else {}
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6}
 
 
 def _picture(clean: np.ndarray, denoised: Any) -> dict[str, np.ndarray]:
@@ -205,6 +208,17 @@ def _commit() -> str:
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return found.stdout.strip() or "unknown"
+
+
+def _machine() -> str:
+    models = (
+        re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    )
+    memory = psutil.virtual_memory().total / 2**30
+    return (
+        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"Python {platform.python_version()}, torch {version('torch')}, numpy {version('numpy')}"
+    )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def rows(names: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
     return found
 
 
-def scene_jobs(row: dict[str, Any], shape: tuple[int, int, int], scenes: int, levels: tuple[int, ...]) -> Iterator[dict]:
+def scene_jobs(
+    row: dict[str, Any], shape: tuple[int, int, int], scenes: int, levels: tuple[int, ...]
+) -> Iterator[dict]:
     """Yield the jobs of a row on simulated scenes."""
     for number in range(scenes):
         for level in levels:

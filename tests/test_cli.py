@@ -138,3 +138,40 @@ def test_inspect_of_a_bad_file_exits_with_1(tmp_path, capsys):
     tifffile.imwrite(path, np.zeros((9, 9), np.uint8))
     assert run("inspect", path) == 1
     assert "photo.tif" in capsys.readouterr().err
+
+
+def test_a_failure_names_its_file_and_leaves_nothing(noisy_file, quick, tmp_path, capsys, monkeypatch):
+    """What goes wrong deep inside still tells the user which stack it was."""
+
+    def out_of_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("restormer3d.workflow.fit", out_of_memory)
+    assert run("denoise", noisy_file, "-o", tmp_path / "out", *quick) == 1
+    message = capsys.readouterr().err
+    assert noisy_file.name in message
+    assert "--batch-size 1" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_ctrl_c_leaves_no_half_written_file(noisy_file, quick, tmp_path):
+    """The signal comes while frames are being written."""
+    slow = "import restormer3d.inference as i, os, signal\nold = i._blend\n"
+    slow += (
+        "def blend(*a):\n    os.kill(os.getpid(), signal.SIGINT) if blend.calls > 2 else None\n    blend.calls += 1\n"
+    )
+    slow += "    return old(*a)\nblend.calls = 0\ni._blend = blend\nfrom restormer3d.cli import main\nmain()"
+    command = [sys.executable, "-c", slow, "denoise", noisy_file, "-o", tmp_path / "out", *quick]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_time_limit_is_kept_and_said(noisy_file, quick, tmp_path, capsys):
+    output = tmp_path / "timed.tif"
+    options = [*quick, "--iterations", 100_000, "--time-limit", 0.1]
+    assert run("denoise", noisy_file, "-o", output, *options) == 0
+    assert "to end within" in capsys.readouterr().err
+    assert json.loads(output.with_name("timed.tif.json").read_text())["total_seconds"] < 60

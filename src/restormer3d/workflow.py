@@ -216,7 +216,7 @@ def denoise_files(
             )
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failures[source] = error
-            say(f"failed: {error}")
+            say(f"failed: {_reason(source, error)}")
     return failures
 
 
@@ -368,6 +368,14 @@ def _readable(stack: TiffStack) -> Any:
     ):
         return stack
     return stack[:]
+
+
+def _reason(source: Path, error: Exception) -> str:
+    """The error's own words, with the file's name and, where memory ran out, what to do."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        text = f"not enough memory ({text}); try --batch-size 1, a smaller --patch, or --device cpu"
+    return text if source.name in text else f"{source}: {text}"
 
 
 def _described(stack: TiffStack) -> str:

@@ -9,7 +9,11 @@ from typing import Literal
 from cyclopts import App
 from rich.console import Console
 
-app = App(name="restormer3d", help="Denoise two-photon calcium imaging stacks from the noisy stack alone.")
+app = App(
+    name="restormer3d",
+    help="Denoise two-photon calcium imaging stacks from the noisy stack alone.",
+    suppress_keyboard_interrupt=False,  # main() says what became of the output
+)
 
 Methods = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
 

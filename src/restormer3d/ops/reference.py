@@ -72,7 +72,7 @@ def mdta(
     batch, channels, *size = x.shape
     heads = temperature.numel()
     qkv = depthwise_conv3d(pointwise(layer_norm(x, norm_weight), qkv_weight), dwconv_weight)
-    q, k, v = qkv.view(batch, 3, heads, channels // heads, -1).unbind(1)  # each (B, heads, C/heads, THW)
+    q, k, v = qkv.reshape(batch, 3, heads, channels // heads, -1).unbind(1)  # each (B, heads, C/heads, THW)
     q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
     attention = (q @ k.transpose(-2, -1) * temperature.view(heads, 1, 1)).softmax(dim=-1)
     out = (attention @ v).reshape(batch, channels, *size)

@@ -1,0 +1,256 @@
+"""The Markdown of the quality table: one table for each noise level, one for each recording, and what the networks did.
+
+The best filter is the one with the highest mean, oracles included; every row shows its difference to it, scene by
+scene, and rows of a network say in a word whether they win or lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from benchmarks.methods import METHODS
+
+from restormer3d.report import HeldOutScore
+
+ORACLE = "†"
+_HEAD = (
+    "| method | stSNR (dB) | to the best filter | activity SNR (dB) | to the best filter | event amplitude bias "
+    "| trace correlation | seconds | peak memory (MB) |"
+)
+_REAL_HEAD = (
+    "| method | held-out error / noise variance | difference to the best filter, % of the noise variance "
+    "| residual correlation x, y, t | residual with activity | photon-transfer gain | seconds |"
+)
+Cell = dict[str, Any]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Write all tables of `results["cells"]`, and the command and the machine they come from."""
+    cells = results["cells"]
+    if not cells:
+        return "No cell has been computed."
+    scenes = [cell for cell in cells if cell["kind"] == "scene"]
+    real = [cell for cell in cells if cell["kind"] == "real"]
+    levels, recordings = sorted({cell["level"] for cell in scenes}), dict.fromkeys(map(_recording, real))
+    parts = [_origin(results)]
+    parts += [_level_table(level, [cell for cell in scenes if cell["level"] == level]) for level in levels]
+    if scenes:
+        parts.append(_scene_notes(scenes))
+    parts += [_real_table(name, [cell for cell in real if _recording(cell) == name]) for name in recordings]
+    if real:
+        parts.append(_REAL_NOTES)
+    if networks := [cell for cell in cells if METHODS[cell["method"]].kind == "network"]:
+        parts.append(_network_table(networks))
+    return "\n\n".join(parts)
+
+
+def _origin(results: dict[str, Any]) -> str:
+    cells = results["cells"]
+    dates = sorted(cell["finished"][:10] for cell in cells)
+    loads = [cell["load_average"] for cell in cells]
+    return (
+        f"Computed by `{results['command']}` from {dates[0]} to {dates[-1]} at commit "
+        f"{_all(cell['commit'] for cell in cells)}, on {_all(cell['machine'] for cell in cells)}. "
+        f"The machine's load average when a cell began was {min(loads):.1f} to {max(loads):.1f}: where that is more "
+        "than the number of its cores, other work made the seconds longer."
+    )
+
+
+def _level_table(level: int, cells: list[Cell]) -> str:
+    scores = {key: _by_method(cells, lambda cell, key=key: cell["scores"][key]) for key in ("stsnr", "activity_snr")}
+    best = {key: _best(values, max) for key, values in scores.items()}
+    frames, height, width = cells[0]["shape"]
+    count = len({cell["number"] for cell in cells})
+    lines = [f"### Level {level}: {count} scene{'s' * (count > 1)} of {frames} x {height} x {width}", "", _HEAD]
+    lines.append("|---" * (_HEAD.count("|") - 1) + "|")
+    for method in scores["stsnr"]:
+        own = [cell for cell in cells if cell["method"] == method]
+        columns = [_label(own, count)]
+        for key, values in scores.items():
+            columns += [_spread(list(values[method].values()), "{:.2f}"), _difference(values, method, best[key])]
+        columns += [
+            _spread([cell["scores"]["event_amplitude_bias"] for cell in own], "{:+.1%}", 100),
+            _spread([cell["scores"]["trace_correlation"] for cell in own], "{:.3f}"),
+            _seconds(own),
+            f"{max(cell['peak_memory_mb'] for cell in own):.0f}",
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _by_method(cells: list[Cell], value: Callable[[Cell], float | None]) -> dict[str, dict[int, float]]:
+    """Return {method: {scene number: value}} in the order of the table."""
+    found: dict[str, dict[int, float]] = {}
+    for method in METHODS:
+        own = {cell["number"]: _number(value(cell)) for cell in cells if cell["method"] == method}
+        if own:
+            found[method] = own
+    return found
+
+
+def _best(values: dict[str, dict[int, float]], better: Callable[..., str]) -> str | None:
+    """The filter with the best mean over the scenes; None without filters."""
+    means = {name: float(np.mean(list(own.values()))) for name, own in values.items() if _is_filter(name)}
+    means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
+    return better(means, key=lambda name: means[name]) if means else None
+
+
+def _difference(values: dict[str, dict[int, float]], method: str, best: str | None) -> str:
+    """Mean over scenes of the difference to the best filter, and the verdict for a network."""
+    if best is None or method == best:
+        return "–" if best is None else "best filter"
+    pairs = [own - values[best][number] for number, own in values[method].items() if number in values[best]]
+    if not pairs:
+        return "–"
+    verdict = ""
+    if not _is_filter(method):
+        verdict = " **wins**" if np.mean(pairs) > 0 else " **loses**"
+    return _spread(pairs, "{:+.2f}") + verdict
+
+
+def _scene_notes(cells: list[Cell]) -> str:
+    chosen = [
+        f"{_label([cell], 0)}: "
+        + _all(
+            f"({other['done']['sigma_t']:g}, {other['done']['sigma_xy']:g}) at level {other['level']}"
+            for other in cells
+            if other["method"] == cell["method"]
+        )
+        for cell in {cell["method"]: cell for cell in cells if "sigma_t" in cell["done"]}.values()
+    ]
+    return (
+        f"Mean over scenes ± standard deviation over scenes. {ORACLE}: its widths were chosen with the truth, scene by "
+        "scene: an upper bound that no user has. Differences are taken scene by scene; the best filter is the one with "
+        "the best mean in its column, oracles included. Seconds of one run, training included; an oracle's seconds are "
+        "those of its whole grid.\n\nWidths chosen (frames, pixels): " + ("; ".join(chosen) or "none") + "."
+    )
+
+
+def _real_table(name: str, cells: list[Cell]) -> str:
+    scores = {cell["method"]: HeldOutScore(**_held_out(cell)) for cell in cells}
+    filters = [method for method in scores if _is_filter(method)]
+    best = min(filters, key=lambda method: scores[method].mse) if filters else None
+    lines = [f"### {name}", "", *[_noise_line(cell["noise"]) for cell in cells if "noise" in cell]]
+    lines += ["", _REAL_HEAD, "|---" * (_REAL_HEAD.count("|") - 1) + "|"]
+    for cell in sorted(cells, key=lambda cell: list(METHODS).index(cell["method"])):
+        score, residual = scores[cell["method"]], cell.get("residual")
+        columns = [
+            _label([cell], 1),
+            f"{score.in_noise_variances:.4f}",
+            _held_out_difference(cell["method"], scores, best),
+            ", ".join(_maybe(residual[axis], "{:.3f}") for axis in "xyt") if residual else "–",
+            _maybe(residual["activity"], "{:+.3f}") if residual else "–",
+            _maybe(cell["photon_transfer"]["gain"], "{:.2f}") if "photon_transfer" in cell else "–",
+            _seconds([cell]),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _held_out(cell: Cell) -> dict[str, Any]:
+    values = {name: _number(cell["held_out"][name]) for name in ("mse", "standard_error", "noise_variance")}
+    return values | {"per_frame": np.array(cell["held_out"]["per_frame"], dtype=float)}
+
+
+def _held_out_difference(method: str, scores: dict[str, HeldOutScore], best: str | None) -> str:
+    if best is None or method == best:
+        return "–" if best is None else "best filter"
+    difference, error = scores[method].minus(scores[best])
+    percent = 100 / scores[best].noise_variance
+    text = f"{difference * percent:+.2f} ± {error * percent:.2f}"
+    if _is_filter(method):
+        return text
+    if abs(difference) < 2 * error:
+        return f"{text} **no clear difference**"
+    return f"{text} {'**wins**' if difference < 0 else '**loses**'}"
+
+
+def _noise_line(noise: dict[str, Any]) -> str:
+    correlation = ", ".join(f"{axis} {_maybe(noise['correlation'][axis], '{:.3f}')}" for axis in "xyt")
+    return (
+        f"Noise of the recording, from differences of frames: gain {noise['gain']:.3g}, read noise variance "
+        f"{noise['read_noise_variance']:.3g}, correlation of neighbors {correlation}. A residual of noise alone would "
+        "show the same correlation."
+    )
+
+
+_REAL_NOTES = (
+    "Held-out error: the even frames are denoised alone and the odd ones, interpolated, compared with what was "
+    "recorded; 1 would be a perfect prediction of frames whose signal does not change. Differences are taken frame by frame, ± "
+    "their standard error; less is better, and what is below two standard errors is called no clear difference. "
+    f"{ORACLE}: its widths were chosen by the held-out frames that it is scored on. Residual with activity: "
+    "correlation of what was taken away with what was left, without each pixel's mean: positive where transients were "
+    "taken away, negative where noise was left in. Photon-transfer gain: what shot noise is left in the denoised stack."
+)
+
+
+def _network_table(cells: list[Cell]) -> str:
+    lines = ["### What the networks did", ""]
+    lines += [
+        "| row | iterations | patch | batch | weights at the start | engine, device |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        own = [cell for cell in cells if cell["method"] == method]
+        if not own:
+            continue
+        done = [cell["done"] for cell in own]
+        training = [entry["settings"]["training"] for entry in done]
+        columns = [
+            own[0]["label"],
+            _all(f"{entry['warmup_iterations']} + {entry['iterations']}" for entry in training),
+            _all(" x ".join(map(str, entry["patch"])) for entry in training),
+            _all(entry["batch_size"] for entry in training),
+            _all(entry["weights"]["sha256"][:12] if entry["weights"] else "random" for entry in done),
+            _all(f"{entry['engine']}, {entry['device']}, {entry['threads']} threads" for entry in done),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join([*lines, "", "Iterations: warm-up + Noise2Void, as they were done on each stack."])
+
+
+def _label(own: list[Cell], scenes: int) -> str:
+    method = METHODS[own[0]["method"]]
+    text = own[0]["label"]
+    if method.oracle:
+        goal = {"stsnr": "stSNR", "activity_snr": "activity SNR"}[method.oracle]
+        text += f", oracle by {goal if own[0]['kind'] == 'scene' else 'held-out error'} {ORACLE}"
+    return text + (f" ({len(own)} of {scenes} scenes)" if len(own) < scenes else "")
+
+
+def _recording(cell: Cell) -> str:
+    spans = [f"{first}–{last - 1}" for first, last in cell["crop"]]
+    parts = [f"{axis} {span}" for axis, span in zip(("frames", "rows", "columns"), spans, strict=False)]
+    return ", ".join([f"Recording {cell['recording']}", *parts])
+
+
+def _is_filter(method: str) -> bool:
+    return METHODS[method].kind == "filter"
+
+
+def _spread(values: list[float | None], form: str, scale: float = 1) -> str:
+    """Mean ± standard deviation; the mean alone of one value."""
+    numbers = np.array([value for value in map(_number, values) if np.isfinite(value)])
+    if not len(numbers):
+        return "–"
+    text = form.format(numbers.mean())
+    plain = form.replace("+", "").replace("%", "f")
+    return text if len(numbers) == 1 else f"{text} ± {plain.format(scale * numbers.std(ddof=1))}"
+
+
+def _seconds(own: list[Cell]) -> str:
+    mean = float(np.mean([cell["seconds"] for cell in own]))
+    return f"{mean:.1f}" if mean < 10 else f"{mean:.0f}"
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _maybe(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _all(values: Any) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
