@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-from benchmarks.methods import METHODS, Method, Score
 
+from benchmarks.methods import METHODS, Method, Score
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.noise import estimate_noise
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
@@ -101,7 +101,7 @@ def _scene_cell(job: dict[str, Any], method: Method, workspace: Path, target: Pa
             clean, denoised, masks=scene.masks, frame_rate_hz=scene.parameters.frame_rate_hz
         )
         if job["number"] == 0:
-            np.savez_compressed(target.with_suffix(".npz"), **_picture(clean, denoised))
+            np.savez_compressed(target.with_suffix(".npz"), **picture(clean, denoised))
     return cell
 
 
@@ -167,7 +167,7 @@ def _gpu_memory(method: Method) -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(), "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6}
 
 
-def _picture(clean: np.ndarray, denoised: Any) -> dict[str, np.ndarray]:
+def picture(clean: np.ndarray, denoised: Any) -> dict[str, np.ndarray]:
     """One frame and three pixels' traces: the liveliest pixel, at its peak, and those of the other ranks."""
     order = np.argsort(clean.std(axis=0), axis=None)
     picked = [order[round(rank * (order.size - 1))] for rank in PICTURE_RANKS]

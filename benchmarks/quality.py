@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+from cyclopts import App, Parameter
+
 from benchmarks.cells import ROOT, write_json
 from benchmarks.jobs import Options, cell_file, real_job, rows, scene_jobs, without_folders
 from benchmarks.pictures import draw_level
-from benchmarks.tables import markdown
-from cyclopts import App, Parameter
+from benchmarks.tables import markdown, row_label
 
 BEGIN = "<!-- quality table: begin (written by benchmarks.quality --write; edit nothing here by hand) -->"
 END = "<!-- quality table: end -->"
@@ -171,7 +172,7 @@ def _write(document: Path, table: str, results: dict[str, Any], files: list[Path
     pictures = []
     for level in sorted({cell["level"] for cell in results["cells"] if cell["kind"] == "scene"}):
         drawn = {
-            cell["label"]: path.with_suffix(".npz")
+            row_label([cell], 1): path.with_suffix(".npz")
             for cell, path in zip(results["cells"], files, strict=True)
             if cell["kind"] == "scene" and cell["level"] == level and cell["number"] == 0
         }
@@ -204,5 +205,14 @@ def _quick(folder: Path) -> int:
     return fill_table(jobs, folder / "cells", document, _QUICK_NOTE)
 
 
+def main() -> None:
+    """Run the command line: exit 0 if the table is complete, 1 if a cell failed, 2 for bad arguments."""
+    try:
+        sys.exit(app())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    sys.exit(app())
+    main()

@@ -30,14 +30,12 @@ from restormer3d.model import Restormer3D
 
 app = App(name="python -m benchmarks.speed", help_format="plaintext")
 
-_SMALL = {
-    "dim": 8,
-    "num_blocks": (1, 1, 1, 1),
-    "num_refinement_blocks": 1,
-    "heads": (1, 1, 2, 2),
-    "last_level_channels": 8,
-}
+_SMALL = ModelConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2), last_level_channels=8)
 _PATCH = (16, 64, 64)
+_MEMORY_ROWS = (
+    ("saved_bytes_per_voxel", "saved for the backward pass, kB per voxel", 1e3),
+    ("peak_bytes", "peak memory of a training step of batch 4, GB", 1e9),
+)
 
 
 @app.default
@@ -83,7 +81,7 @@ def speed(
 
 def measure(device: torch.device, repeats: int, *, quick: bool, compiled: bool) -> dict[str, Any]:
     """Return all measurements."""
-    config = ModelConfig(**_SMALL) if quick else ModelConfig()
+    config = _SMALL if quick else ModelConfig()
     patch = (8, 16, 16) if quick else _PATCH
     torch.manual_seed(0)
     variants = build_variants(config, device, compiled=compiled)
@@ -130,6 +128,7 @@ class ChannelsLast(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the inner network."""
         return self.inner(x.to(memory_format=torch.channels_last_3d))
 
 
@@ -222,15 +221,12 @@ def ceilings(device: torch.device, *, quick: bool) -> dict[str, float]:
 
 def operators(device: torch.device, repeats: int, *, quick: bool) -> list[dict[str, Any]]:
     """Time operators alone: forward, and forward with backward, by the engine of the device and by the reference."""
-    rows = []
-    levels = (
-        [(8, (2, 8, 8))] if quick else [(32, (16, 64, 64)), (64, (8, 32, 32)), (128, (4, 16, 16)), (256, (2, 8, 8))]
-    )
-    for channels, size in levels:
-        for name in ("mdta", "gdfn"):
-            rows.append(time_operator(name, channels, size, device, repeats))
-    rows.append(time_operator("depthwise_conv3d", 8 if quick else 128, levels[0][1], device, repeats))
-    return rows
+    levels = [(32, (16, 64, 64)), (64, (8, 32, 32)), (128, (4, 16, 16)), (256, (2, 8, 8))]
+    if quick:
+        levels = [(8, (2, 8, 8))]
+    cases = [(name, *level) for level in levels for name in ("mdta", "gdfn")]
+    cases.append(("depthwise_conv3d", 4 * levels[0][0], levels[0][1]))
+    return [time_operator(*case, device, repeats) for case in cases]
 
 
 def time_operator(
@@ -299,7 +295,7 @@ def peak_memory(name: str, config: ModelConfig, patch: tuple[int, ...]) -> float
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
-def time_job(device: str, *, quick: bool) -> dict[str, float]:
+def time_job(device: str, *, quick: bool) -> dict[str, Any]:
     """Return the seconds of denoising one simulated stack by the default recipe."""
     from restormer3d.workflow import denoise
 
@@ -309,7 +305,7 @@ def time_job(device: str, *, quick: bool) -> dict[str, float]:
     stack = (rng.poisson(signal / 20) * 20).astype(np.int16)
     start = time.perf_counter()
     denoise(stack, device=device, iterations=1 if quick else None)
-    return {"frames": shape[0], "rows": shape[1], "columns": shape[2], "seconds": time.perf_counter() - start}
+    return {"shape": list(shape), "seconds": time.perf_counter() - start}
 
 
 def describe_machine(device: torch.device) -> str:
@@ -326,9 +322,9 @@ def report(result: dict[str, Any]) -> str:
     """Return the Markdown page."""
     lines = ["# Speed", "", f"`{result['command']}` on {result['machine']}.", ""]
     lines += [
-        f"The published network, {result['parameters']:,} parameters, float32. Gradients of ours and of stock differ by "
-        f"{result['agreement']:.0e}. Seconds are medians with (fastest to slowest) of alternating runs in one process; "
-        "the last column compares ours with the better stock layout.",
+        f"The published network, {result['parameters']:,} parameters, float32. Gradients of ours and of stock differ "
+        f"by {result['agreement']:.0e}. Seconds are medians with (fastest to slowest) of alternating runs in one "
+        "process; the last column compares ours with the better stock layout.",
         "",
     ]
     names = list(result["inference"]["seconds"])
@@ -339,7 +335,7 @@ def report(result: dict[str, Any]) -> str:
     lines.append(_row(f"inference, {voxels:,} voxels, s", seconds))
     rates = [f"{voxels / statistics.median(s) / 1e3:,.0f}" for s in seconds.values()]
     lines.append("| inference, thousand voxels/s | " + " | ".join(rates) + " | |")
-    for key, label, unit in (("saved_bytes_per_voxel", "saved for backward, kB per voxel", 1e3), ("peak_bytes", "peak memory, batch 4, GB", 1e9)):  # fmt: skip
+    for key, label, unit in _MEMORY_ROWS:
         if key in result:
             cells = [f"{result[key][name] / unit:.1f}" if name in result[key] else "" for name in names]
             lines.append(f"| {label} | " + " | ".join(cells) + " | |")

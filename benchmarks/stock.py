@@ -17,6 +17,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize (B, C, T, H, W)."""
         scale = torch.rsqrt(x.var(1, keepdim=True, unbiased=False) + 1e-5)
         return x * scale * self.weight.view(1, -1, 1, 1, 1)
 
@@ -29,14 +30,16 @@ class Attention(nn.Module):
         self.norm = LayerNorm(dim)
         self.qkv = nn.Conv3d(dim, 3 * dim, 1, bias=False)
         self.dwconv = nn.Conv3d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.temperature = nn.ParameterList([torch.ones(heads, 1, 1)])  # a list keeps the order of the parameters
         self.project_out = nn.Conv3d(dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.temperature.shape[0]
+        """Return x + attention."""
+        temperature = self.temperature[0]
+        heads = temperature.shape[0]
         qkv = self.dwconv(self.qkv(self.norm(x))).reshape(x.shape[0], 3, heads, x.shape[1] // heads, -1)
         q, k, v = functional.normalize(qkv[:, 0], dim=-1), functional.normalize(qkv[:, 1], dim=-1), qkv[:, 2]
-        attention = ((q @ k.transpose(-2, -1)) * self.temperature).softmax(-1)
+        attention = ((q @ k.transpose(-2, -1)) * temperature).softmax(-1)
         return x + self.project_out((attention @ v).reshape(x.shape))
 
 
@@ -52,6 +55,7 @@ class FeedForward(nn.Module):
         self.project_out = nn.Conv3d(hidden, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x + feed-forward."""
         a, b = self.dwconv(self.project_in(self.norm(x))).chunk(2, 1)
         return x + self.project_out(functional.gelu(a) * b)
 
@@ -64,6 +68,7 @@ class Down(nn.Module):
         self.conv = nn.Conv3d(dim, dim // 4, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Resample (B, C, T, H, W)."""
         x = self.conv(x)
         b, c, t, h, w = x.shape
         x = x.reshape(b, c, t // 2, 2, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
@@ -78,6 +83,7 @@ class Up(nn.Module):
         self.conv = nn.Conv3d(dim, dim * 4, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Resample (B, C, T, H, W)."""
         x = self.conv(x)
         b, c, t, h, w = x.shape
         x = x.reshape(b, c // 8, 2, 2, 2, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -119,6 +125,7 @@ class StockRestormer3D(nn.Module):
         self.output = nn.Conv3d(dims[0], 1, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Denoise (B, 1, T, H, W), every axis a multiple of 8."""
         level1 = self.encoder1(self.patch_embed(x))
         level2 = self.encoder2(self.down1(level1))
         level3 = self.encoder3(self.down2(level2))

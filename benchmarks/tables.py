@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from benchmarks.methods import METHODS
 
+from benchmarks.methods import METHODS
 from restormer3d.report import HeldOutScore
 
 ORACLE = "†"
@@ -46,6 +46,16 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def row_label(own: list[Cell], scenes: int) -> str:
+    """Name of a row: what chose its widths, and how many of the scenes it has if it lacks some."""
+    method = METHODS[own[0]["method"]]
+    text = own[0]["label"]
+    if method.oracle:
+        goal = {"stsnr": "stSNR", "activity_snr": "activity SNR"}[method.oracle]
+        text += f", oracle by {goal if own[0]['kind'] == 'scene' else 'held-out error'} {ORACLE}"
+    return text + (f" ({len(own)} of {scenes} scenes)" if len(own) < scenes else "")
+
+
 def _origin(results: dict[str, Any]) -> str:
     cells = results["cells"]
     dates = sorted(cell["finished"][:10] for cell in cells)
@@ -67,7 +77,7 @@ def _level_table(level: int, cells: list[Cell]) -> str:
     lines.append("|---" * (_HEAD.count("|") - 1) + "|")
     for method in scores["stsnr"]:
         own = [cell for cell in cells if cell["method"] == method]
-        columns = [_label(own, count)]
+        columns = [row_label(own, count)]
         for key, values in scores.items():
             columns += [_spread(list(values[method].values()), "{:.2f}"), _difference(values, method, best[key])]
         columns += [
@@ -101,18 +111,19 @@ def _difference(values: dict[str, dict[int, float]], method: str, best: str | No
     """Mean over scenes of the difference to the best filter, and the verdict for a network."""
     if best is None or method == best:
         return "–" if best is None else "best filter"
-    pairs = [own - values[best][number] for number, own in values[method].items() if number in values[best]]
+    pairs = [own - values[best].get(number, np.nan) for number, own in values[method].items()]
+    pairs = [pair for pair in pairs if np.isfinite(pair)]
     if not pairs:
         return "–"
     verdict = ""
     if not _is_filter(method):
         verdict = " **wins**" if np.mean(pairs) > 0 else " **loses**"
-    return _spread(pairs, "{:+.2f}") + verdict
+    return _spread([*pairs], "{:+.2f}") + verdict
 
 
 def _scene_notes(cells: list[Cell]) -> str:
     chosen = [
-        f"{_label([cell], 0)}: "
+        f"{row_label([cell], 0)}: "
         + _all(
             f"({other['done']['sigma_t']:g}, {other['done']['sigma_xy']:g}) at level {other['level']}"
             for other in cells
@@ -137,7 +148,7 @@ def _real_table(name: str, cells: list[Cell]) -> str:
     for cell in sorted(cells, key=lambda cell: list(METHODS).index(cell["method"])):
         score, residual = scores[cell["method"]], cell.get("residual")
         columns = [
-            _label([cell], 1),
+            row_label([cell], 1),
             f"{score.in_noise_variances:.4f}",
             _held_out_difference(cell["method"], scores, best),
             ", ".join(_maybe(residual[axis], "{:.3f}") for axis in "xyt") if residual else "–",
@@ -178,8 +189,8 @@ def _noise_line(noise: dict[str, Any]) -> str:
 
 _REAL_NOTES = (
     "Held-out error: the even frames are denoised alone and the odd ones, interpolated, compared with what was "
-    "recorded; 1 would be a perfect prediction of frames whose signal does not change. Differences are taken frame by frame, ± "
-    "their standard error; less is better, and what is below two standard errors is called no clear difference. "
+    "recorded; 1 would be a perfect prediction of frames whose signal does not change. Differences are taken frame by "
+    "frame, ± their standard error; less is better; less than two standard errors is called no clear difference. "
     f"{ORACLE}: its widths were chosen by the held-out frames that it is scored on. Residual with activity: "
     "correlation of what was taken away with what was left, without each pixel's mean: positive where transients were "
     "taken away, negative where noise was left in. Photon-transfer gain: what shot noise is left in the denoised stack."
@@ -208,15 +219,6 @@ def _network_table(cells: list[Cell]) -> str:
         ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join([*lines, "", "Iterations: warm-up + Noise2Void, as they were done on each stack."])
-
-
-def _label(own: list[Cell], scenes: int) -> str:
-    method = METHODS[own[0]["method"]]
-    text = own[0]["label"]
-    if method.oracle:
-        goal = {"stsnr": "stSNR", "activity_snr": "activity SNR"}[method.oracle]
-        text += f", oracle by {goal if own[0]['kind'] == 'scene' else 'held-out error'} {ORACLE}"
-    return text + (f" ({len(own)} of {scenes} scenes)" if len(own) < scenes else "")
 
 
 def _recording(cell: Cell) -> str:

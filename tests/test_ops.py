@@ -1,4 +1,4 @@
-"""The operators: the reference against its definition, the CPU engine against the reference, and how engines are chosen."""
+"""The operators: the reference against its definition, the CPU engine against the reference, the choice of engines."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ def save_weights(path: str | Path, model: Restormer3D, notes: dict[str, Any] | N
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         save_file(tensors, part, metadata=header)
+        part.chmod(0o644)  # safetensors writes for the owner alone; weights are there to be shared
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

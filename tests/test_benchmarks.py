@@ -1,0 +1,129 @@
+"""The quality benchmark: complete, resumable, and plain about who wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import jobs, quality
+from benchmarks.cells import truth_score
+from benchmarks.tables import markdown
+
+from restormer3d.metrics import evaluate_stacks
+
+SCENE = ((10, 24, 24), 1, (2,))  # shape, scenes, levels
+
+
+@pytest.fixture
+def small_jobs():
+    rows = jobs.rows(("raw", "temporal-mean"), jobs.Options())
+    return [job for row in rows for job in jobs.scene_jobs(row, *SCENE)]
+
+
+def cell(method: str, stsnr: float, number: int = 0) -> dict:
+    return {
+        "kind": "scene",
+        "method": method,
+        "label": method,
+        "number": number,
+        "level": 2,
+        "shape": [10, 24, 24],
+        "scores": {"stsnr": stsnr, "activity_snr": 1.0, "event_amplitude_bias": None, "trace_correlation": 0.5},
+        "done": {"weights": None, "engine": "cpu", "device": "cpu", "threads": 1}
+        | {"settings": {"training": {"warmup_iterations": 0, "iterations": 2, "patch": [8, 8, 8], "batch_size": 1}}},
+        "seconds": 1.0,
+        "peak_memory_mb": 100.0,
+        "load_average": 0.5,
+        "finished": "2025-01-01T00:00:00",
+        "commit": "abc",
+        "machine": "a machine",
+    }
+
+
+def test_the_table_is_complete_and_a_cell_that_exists_is_not_computed_again(small_jobs, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{quality.BEGIN}\n\nold table\n\n{quality.END}\n\nafter\n")
+    assert quality.fill_table(small_jobs, tmp_path / "cells", page) == 0
+    text = page.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old table" not in text
+    assert "| raw | " in text
+    assert "| temporal mean | " in text
+    assert 1000 < (tmp_path / "page_level2.png").stat().st_size < 300_000
+    assert {cell["method"] for cell in json.loads((tmp_path / "page.json").read_text())["cells"]} == {
+        "raw",
+        "temporal-mean",
+    }
+
+    first, second = (jobs.cell_file(tmp_path / "cells", job) for job in small_jobs)
+    first.unlink()
+    kept = second.stat().st_mtime_ns
+    assert quality.fill_table(small_jobs, tmp_path / "cells", None) == 0
+    assert first.exists()
+    assert second.stat().st_mtime_ns == kept
+
+
+def test_a_cell_that_fails_is_reported_and_left_out(small_jobs, tmp_path, capfd):
+    broken = small_jobs[0] | {"level": 9}
+    assert quality.fill_table([broken], tmp_path, None) == 1
+    captured = capfd.readouterr()
+    assert "expected 1, 2 or 3" in captured.err
+    assert "No cell has been computed" in captured.out
+
+
+def test_a_network_that_loses_is_marked_as_plainly_as_one_that_wins():
+    cells = [cell("raw", -1.0), cell("gaussian-oracle", 22.0), cell("default", 23.5), cell("default-scratch", 20.5)]
+    lines = markdown({"command": "c", "cells": cells}).splitlines()
+    assert any("| default | 23.50 | +1.50 **wins** |" in line for line in lines)
+    assert any("| default-scratch | 20.50 | -1.50 **loses** |" in line for line in lines)
+    assert any("oracle by stSNR † | 22.00 | best filter |" in line for line in lines)
+
+
+def test_differences_are_taken_scene_by_scene():
+    cells = [cell("gaussian", 20.0, 0), cell("gaussian", 30.0, 1), cell("default", 21.0, 0), cell("default", 31.0, 1)]
+    assert "| default | 26.00 ± 7.07 | +1.00 ± 0.00 **wins** |" in markdown({"command": "c", "cells": cells})
+
+
+def test_the_oracle_chooses_by_the_scores_of_the_table(clean_stack, noisy_stack):
+    scores = evaluate_stacks(clean_stack, noisy_stack)
+    for name in ("stsnr", "activity_snr"):
+        assert truth_score(clean_stack, name)(iter(noisy_stack)) == pytest.approx(scores[name])
+
+
+def test_a_changed_setting_is_another_cell_and_a_moved_file_is_not(small_jobs):
+    job = small_jobs[0]
+    assert jobs.cell_file(Path(), job) == jobs.cell_file(Path(), job | {"arguments": {"weights": "elsewhere"}})
+    assert jobs.cell_file(Path(), job) != jobs.cell_file(Path(), job | {"settings": {"iterations": 3}})
+
+
+def test_recordings_are_named_with_their_crop(noisy_file, small_jobs):
+    job = jobs.real_job(small_jobs[0], f"{noisy_file}:2:20:0:8:1:9")
+    assert job["crop"] == [[2, 20], [0, 8], [1, 9]]
+    assert jobs.real_job(small_jobs[0], str(noisy_file))["crop"] == []
+    with pytest.raises(ValueError, match="expected a TIFF file"):
+        jobs.real_job(small_jobs[0], f"{noisy_file}:2:20:0")
+
+
+def test_rows_that_need_weights_are_left_out_without_them(capsys):
+    found = jobs.rows(("default", "default-scratch"), jobs.Options(weights="none"))
+    assert [row["method"] for row in found] == ["default-scratch"]
+    assert "default: left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown method"):
+        jobs.rows(("best",), jobs.Options())
+
+
+def test_the_command_names_nobodys_folders():
+    shown = jobs.without_folders(["--real", "/home/me/a.tif:0:9", "--write", "docs/quality.md", "../b.tif"])
+    assert shown == "--real a.tif:0:9 --write docs/quality.md b.tif"
+
+
+def test_pictures_need_no_roi():
+    from benchmarks.cells import picture
+
+    clean = np.random.default_rng(0).random((6, 5, 4))
+    drawn = picture(clean, clean)
+    assert drawn["traces"].shape == (3, 6)
+    assert (drawn["frame"] == drawn["clean_frame"]).all()
