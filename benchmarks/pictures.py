@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,16 @@ def draw_level(cells: dict[str, Path], target: Path, level: int) -> None:
         Noise level, for the title.
     """
     from matplotlib.figure import Figure
+    from PIL import Image
 
     pictures: dict[str, Any] = {label: np.load(path) for label, path in cells.items() if path.exists()}
-    first = next(iter(pictures.values()))
+    first = list(pictures.values())[-1]
     rows = {"clean": (first["clean_frame"], first["clean_traces"])}
-    rows |= {label: (picture["frame"], picture["traces"]) for label, picture in pictures.items()}
+    for label, picture in pictures.items():
+        if np.array_equal(picture["pixels"], first["pixels"]):
+            rows[label] = picture["frame"], picture["traces"]
+        else:
+            print(f"{target.name}: {label} is left out: {cells[label].name} holds other pixels", file=sys.stderr)
     limits = np.percentile(first["clean_frame"], (0.5, 99.7))
     figure = Figure(figsize=(13, 1.25 * len(rows) + 0.5), dpi=75, layout="constrained")
     axes = figure.subplots(len(rows), 4, width_ratios=(1, 2.6, 2.6, 2.6), squeeze=False)
@@ -45,7 +52,9 @@ def draw_level(cells: dict[str, Path], target: Path, level: int) -> None:
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("frame", fontsize=8)
     figure.suptitle(f"Level {level}: the clean scene in black, each method in orange (ADU)", fontsize=10)
-    figure.savefig(target)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    Image.open(drawn).convert("RGB").quantize(64).save(target, optimize=True)
 
 
 def _draw_trace(axis: Any, trace: np.ndarray, clean: np.ndarray) -> None:

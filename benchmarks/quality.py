@@ -7,6 +7,7 @@ that was killed goes on where it stopped, and a cell that exists is not computed
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,7 @@ def _quick(folder: Path) -> int:
     from restormer3d.model import Restormer3D
     from restormer3d.planning import settings
 
+    os.environ.setdefault("RESTORMER3D_ENGINE", "reference")  # compiling the kernels would take half of the minute
     config, weights, document = folder / "tiny.toml", folder / "tiny.safetensors", folder / "quality.md"
     config.write_text(_QUICK_CONFIG)
     save_weights(weights, Restormer3D(settings(weights="none", config_file=config).model))

@@ -37,7 +37,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [_origin(results)]
     parts += [_level_table(level, [cell for cell in scenes if cell["level"] == level]) for level in levels]
     if scenes:
-        parts.append(_scene_notes(scenes))
+        parts += [_SCENE_NOTES, _widths_table(scenes)]
     parts += [_real_table(name, [cell for cell in real if _recording(cell) == name]) for name in recordings]
     if real:
         parts.append(_REAL_NOTES)
@@ -61,7 +61,7 @@ def _origin(results: dict[str, Any]) -> str:
     dates = sorted(cell["finished"][:10] for cell in cells)
     loads = [cell["load_average"] for cell in cells]
     return (
-        f"Computed by `{results['command']}` from {dates[0]} to {dates[-1]} at commit "
+        f"Computed by `{results['command']}` on {' to '.join(dict.fromkeys((dates[0], dates[-1])))} at commit "
         f"{_all(cell['commit'] for cell in cells)}, on {_all(cell['machine'] for cell in cells)}. "
         f"The machine's load average when a cell began was {min(loads):.1f} to {max(loads):.1f}: where that is more "
         "than the number of its cores, other work made the seconds longer."
@@ -70,7 +70,7 @@ def _origin(results: dict[str, Any]) -> str:
 
 def _level_table(level: int, cells: list[Cell]) -> str:
     scores = {key: _by_method(cells, lambda cell, key=key: cell["scores"][key]) for key in ("stsnr", "activity_snr")}
-    best = {key: _best(values, max) for key, values in scores.items()}
+    best = {key: _best(values) for key, values in scores.items()}
     frames, height, width = cells[0]["shape"]
     count = len({cell["number"] for cell in cells})
     lines = [f"### Level {level}: {count} scene{'s' * (count > 1)} of {frames} x {height} x {width}", "", _HEAD]
@@ -100,11 +100,11 @@ def _by_method(cells: list[Cell], value: Callable[[Cell], float | None]) -> dict
     return found
 
 
-def _best(values: dict[str, dict[int, float]], better: Callable[..., str]) -> str | None:
+def _best(values: dict[str, dict[int, float]]) -> str | None:
     """The filter with the best mean over the scenes; None without filters."""
     means = {name: float(np.mean(list(own.values()))) for name, own in values.items() if _is_filter(name)}
     means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
-    return better(means, key=lambda name: means[name]) if means else None
+    return max(means, key=lambda name: means[name]) if means else None
 
 
 def _difference(values: dict[str, dict[int, float]], method: str, best: str | None) -> str:
@@ -121,22 +121,29 @@ def _difference(values: dict[str, dict[int, float]], method: str, best: str | No
     return _spread([*pairs], "{:+.2f}") + verdict
 
 
-def _scene_notes(cells: list[Cell]) -> str:
-    chosen = [
-        f"{row_label([cell], 0)}: "
-        + _all(
-            f"({other['done']['sigma_t']:g}, {other['done']['sigma_xy']:g}) at level {other['level']}"
-            for other in cells
-            if other["method"] == cell["method"]
-        )
-        for cell in {cell["method"]: cell for cell in cells if "sigma_t" in cell["done"]}.values()
-    ]
-    return (
-        f"Mean over scenes ± standard deviation over scenes. {ORACLE}: its widths were chosen with the truth, scene by "
-        "scene: an upper bound that no user has. Differences are taken scene by scene; the best filter is the one with "
-        "the best mean in its column, oracles included. Seconds of one run, training included; an oracle's seconds are "
-        "those of its whole grid.\n\nWidths chosen (frames, pixels): " + ("; ".join(chosen) or "none") + "."
-    )
+_SCENE_NOTES = (
+    f"Mean over scenes ± standard deviation over scenes. {ORACLE}: its widths were chosen with the truth, scene by "
+    "scene: an upper bound that no user has. Differences are taken scene by scene; the best filter is the one with the "
+    "best mean in its column, oracles included. Seconds of one run, training included, or of an oracle's whole grid."
+)
+
+
+def _widths_table(cells: list[Cell]) -> str:
+    """What the filters chose, and what oracles could choose from: a choice at the grid's edge is no optimum."""
+    levels = sorted({cell["level"] for cell in cells})
+    lines = ["| widths (frames, pixels) | " + " | ".join(f"level {level}" for level in levels) + " | grid |"]
+    lines.append("|---" * (len(levels) + 2) + "|")
+    for method in METHODS:
+        own = [cell for cell in cells if cell["method"] == method and "sigma_t" in cell["done"]]
+        if not own:
+            continue
+        columns = [row_label(own, 0)]
+        for level in levels:
+            chosen = (cell["done"] for cell in own if cell["level"] == level)
+            columns.append(_all(f"({done['sigma_t']:g}, {done['sigma_xy']:g})" for done in chosen))
+        columns.append(" x ".join("{" + _all(widths) + "}" for widths in own[0]["settings"].values()))
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
 def _real_table(name: str, cells: list[Cell]) -> str:
@@ -153,7 +160,7 @@ def _real_table(name: str, cells: list[Cell]) -> str:
             _held_out_difference(cell["method"], scores, best),
             ", ".join(_maybe(residual[axis], "{:.3f}") for axis in "xyt") if residual else "–",
             _maybe(residual["activity"], "{:+.3f}") if residual else "–",
-            _maybe(cell["photon_transfer"]["gain"], "{:.2f}") if "photon_transfer" in cell else "–",
+            _maybe(cell["photon_transfer"]["gain"], "{:.3g}") if "photon_transfer" in cell else "–",
             _seconds([cell]),
         ]
         lines.append(f"| {' | '.join(columns)} |")

@@ -16,12 +16,13 @@ SHAPES = [  # (B, C, T, H, W): odd sizes, every axis of length one, rows longer 
     (1, 32, 4, 8, 16),
     (2, 32, 5, 7, 9),
     (1, 64, 3, 13, 33),
-    (3, 8, 1, 5, 6),
+    (3, 6, 1, 5, 6),
     (1, 16, 6, 1, 7),
     (2, 16, 6, 5, 1),
     (4, 32, 1, 1, 1),
     (1, 128, 2, 4, 8),
-    (1, 12, 3, 9, 35),
+    (2, 10, 3, 9, 35),
+    (2, 32, 4, 12, 20),
 ]
 OPERATORS = ["mdta", "gdfn", "depthwise_conv3d", "pointwise", "conv3d_in", "conv3d_out"]
 

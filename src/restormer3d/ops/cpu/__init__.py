@@ -104,7 +104,7 @@ class _Gdfn(torch.autograd.Function):
         channels, hidden = project_out.shape[:2]
         with busy:
             out = pool.empty(x.shape)
-            threads = start_threads()
+            threads = start_threads(x.numel() * 2 * hidden)
             rows, chunks = plan(x.shape, 2 * hidden, threads)
             kernels.gdfn_forward(
                 array(x), array(out), _weights(project_in.flatten(1) * norm_weight), _taps(dwconv),
@@ -122,7 +122,7 @@ class _Gdfn(torch.autograd.Function):
         channels, hidden = project_out.shape[:2]
         with busy:
             grad = grad.contiguous()
-            threads = start_threads()
+            threads = start_threads(x.numel() * 2 * hidden)
             rows, chunks = plan(x.shape, 2 * hidden, threads)
             tap_sums = zeros(threads, 2 * hidden * kernels.TAPS)
             out_sums = zeros(threads, round_up(hidden, SUM_ROWS), round_up(channels, SUM_COLUMNS))
@@ -147,7 +147,7 @@ class _Mdta(torch.autograd.Function):
         size = channels // heads
         with busy:
             value, out = pool.empty(x.shape), pool.empty(x.shape)
-            threads = start_threads()
+            threads = start_threads(x.numel() * 3 * channels)
             rows, chunks = plan(x.shape, 3 * channels, threads)
             gram = zeros(threads, batch, heads, round_up(size, SUM_ROWS), round_up(size, SUM_COLUMNS))
             squares = zeros(threads, batch, 2 * channels)
@@ -175,7 +175,7 @@ class _Mdta(torch.autograd.Function):
             grad = grad.contiguous()
             outer = torch.bmm(grad.flatten(2), value.flatten(2).mT)
             small = attention_gradients(outer, products, lengths, temperature, project_out.flatten(1))
-            threads = start_threads()
+            threads = start_threads(x.numel() * 3 * channels)
             rows, chunks = plan(x.shape, 3 * channels, threads)
             tap_sums = zeros(threads, 3 * channels * kernels.TAPS)
             hidden_grad = pool.scratch("hidden", (x.shape[0], 3 * channels, *x.shape[2:]))
@@ -198,7 +198,7 @@ def _project_backward(
     hidden, channels = weight.shape[:2]
     matrix = weight.flatten(1)
     out = pool.empty(x.shape)
-    threads = start_threads()
+    threads = start_threads(x.numel() * hidden)
     rows, chunks = plan(x.shape, hidden, threads)
     sums = zeros(threads, round_up(hidden, SUM_ROWS), round_up(channels, SUM_COLUMNS))
     kernels.project_backward(
@@ -241,7 +241,7 @@ def _convolve(x: Tensor, weight: Tensor, depthwise: bool) -> Tensor:
     out = pool.empty((x.shape[0], weight.shape[0], *x.shape[2:]))
     taps = array(weight).reshape((-1, 1, 27) if depthwise else (1, weight.shape[0], -1))
     source, target = (_each_channel(x), _each_channel(out)) if depthwise else (x, out)
-    threads = start_threads()
+    threads = start_threads(27 * source.numel() * target.shape[1])
     rows, chunks = plan(source.shape, source.shape[1], threads)
     sizes = kernels.convolution_sizes(source.shape[1], target.shape[1], rows, x.shape[4])
     kernels.convolution_forward(array(source), array(target), taps, rows, chunks, scratch(sizes, threads))
@@ -251,7 +251,7 @@ def _convolve(x: Tensor, weight: Tensor, depthwise: bool) -> Tensor:
 def _convolution_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, depthwise: bool) -> Tensor:
     source, target = (_each_channel(x), _each_channel(grad)) if depthwise else (x, grad)
     sets = weight.shape[0] if depthwise else 1
-    threads = start_threads()
+    threads = start_threads(27 * source.numel() * target.shape[1])
     rows, chunks = plan(source.shape, source.shape[1], threads)
     sums = zeros(threads, sets, target.shape[1], source.shape[1] * kernels.TAPS)
     sizes = kernels.convolution_sizes(source.shape[1], target.shape[1], rows, x.shape[4])

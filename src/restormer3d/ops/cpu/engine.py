@@ -16,16 +16,19 @@ from restormer3d.ops.cpu.tiles import room
 
 _CACHE_BYTES = 1_200_000  # for a ring: a part of a core's second-level cache of 2 MB
 _REPEATED = 0.4  # share of the work that is done again for the rows and frames around a strip
+_FEW_PRODUCTS = 5_000_000  # a twentieth of a millisecond: waking threads would take as long
 
 busy = threading.RLock()
 """Kernels use all cores and the kept memory: one operator at a time."""
 pool = Pool()
 
 
-def start_threads() -> int:
-    """Make Numba use as many threads as PyTorch does, and return how many."""
+def start_threads(products: int) -> int:
+    """Make Numba use as many threads as PyTorch does, one for few ``products``, and return how many."""
     wanted = torch.get_num_threads()
     threads = min(wanted, numba.config.NUMBA_NUM_THREADS)  # pyright: ignore
+    if products < _FEW_PRODUCTS:
+        threads = 1
     numba.set_num_threads(threads)
     if torch.get_num_threads() != wanted:  # both may share one OpenMP library, which Numba's first start resets
         torch.set_num_threads(wanted)

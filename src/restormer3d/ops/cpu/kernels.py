@@ -67,7 +67,7 @@ def gdfn_sizes(channels: int, hidden: int, rows: int, width: int) -> tuple[int, 
         2 * wide,  # its statistics
         round_up(channels, LANES) * narrow,  # gradient
         columns * round_up(channels, SUM_COLUMNS),  # its transpose
-        round_up(hidden, SUM_ROWS) * narrow,  # gated
+        (round_up(hidden, SUM_ROWS) + TILE_ROWS) * narrow,  # gated
         2 * narrow,  # the two factors of one gated channel
         round_up(channels, TILE_ROWS) * narrow,  # result
     )
@@ -153,8 +153,8 @@ def mdta_sizes(channels: int, heads: int, rows: int, width: int) -> tuple[int, .
         2 * wide,  # its statistics
         round_up(channels, LANES) * narrow,  # gradient
         columns * round_up(channels // heads, SUM_COLUMNS),  # transposed keys of one head
-        round_up(2 * channels + SUM_ROWS, LANES) * narrow,  # queries and keys
-        round_up(3 * channels, TILE_ROWS) * narrow,  # values, or the gradients of all three
+        (2 * channels + SUM_ROWS + LANES) * narrow,  # queries and keys
+        (3 * channels + TILE_ROWS) * narrow,  # values, or the gradients of all three
     )
 
 
