@@ -28,7 +28,7 @@ def test_temporal_windows_treat_every_frame_alike(frames, quarter, overlap):
     covered = np.zeros(frames, int)
     for start in starts:
         covered[max(0, start) : max(0, start + window)] += 1
-    assert starts[0] == -window // 2
+    assert starts[0] <= -(window // 2)
     assert covered.min() >= int(1 / (1 - overlap))
     assert covered.max() - covered.min() <= 1
 
