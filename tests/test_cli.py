@@ -174,4 +174,6 @@ def test_a_time_limit_is_kept_and_said(noisy_file, quick, tmp_path, capsys):
     options = [*quick, "--iterations", 100_000, "--time-limit", 0.1]
     assert run("denoise", noisy_file, "-o", output, *options) == 0
     assert "to end within" in capsys.readouterr().err
-    assert json.loads(output.with_name("timed.tif.json").read_text())["total_seconds"] < 60
+    record = json.loads(output.with_name("timed.tif.json").read_text())
+    # On a machine too slow for any network in that time, the filter takes over.
+    assert record["method"] == "gaussian" or record["settings"]["training"]["iterations"] < 100_000

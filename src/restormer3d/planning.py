@@ -282,7 +282,7 @@ def fit_to_time(
         return chosen, ""
     training = _shorten(chosen.training, affordable)
     note = (
-        f"to end within {seconds / 60:.1f} min: {training.warmup_iterations + training.iterations} of {total} "
+        f"to end within {max(0.0, seconds) / 60:.1f} min: {training.warmup_iterations + training.iterations} of {total} "
         f"iterations, overlap {inference.overlap_t:g} in time and {inference.overlap_xy:g} in the plane"
     )
     if inference_time > budget:
