@@ -281,10 +281,9 @@ def fit_to_time(
     if inference == chosen.inference and affordable >= total:
         return chosen, ""
     training = _shorten(chosen.training, affordable)
-    note = (
-        f"to end within {max(0.0, seconds) / 60:.1f} min: {training.warmup_iterations + training.iterations} of {total} "
-        f"iterations, overlap {inference.overlap_t:g} in time and {inference.overlap_xy:g} in the plane"
-    )
+    done = training.warmup_iterations + training.iterations
+    overlaps = f"overlap {inference.overlap_t:g} in time and {inference.overlap_xy:g} in the plane"
+    note = f"to end within {max(0.0, seconds) / 60:.1f} min: {done} of {total} iterations, {overlaps}"
     if inference_time > budget:
         note += "; even so the time will not suffice on this machine"
     return replace(chosen, training=training, inference=inference), note
