@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.memory import peak_resident_bytes
 from benchmarks.methods import METHODS, Method, Score
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.noise import estimate_noise
@@ -138,23 +138,16 @@ def _run(method: Method, source: Path, output: Path, arguments: dict[str, Any], 
     started = time.monotonic()
     done = method.run(source, output, arguments, score)
     seconds = time.monotonic() - started
-    return {"done": done, "seconds": seconds, "peak_memory_mb": _peak_memory(method) / 1e6, **_gpu_memory(method)}
+    return {
+        "done": done,
+        "seconds": seconds,
+        "peak_memory_mb": peak_resident_bytes(of_children=method.kind == "peer") / 1e6,
+        **_gpu_memory(method),
+    }
 
 
 def _no_truth(_: Iterable[np.ndarray]) -> float:
     raise AssertionError("only an oracle may look at the truth")
-
-
-def _peak_memory(method: Method) -> float:
-    """Largest resident set, bytes: of this process, Python and libraries included; of the command for a peer.
-
-    Linux starts `ru_maxrss` of a new process at its parent's, so the process's own high-water mark is preferred.
-    """
-    status = Path("/proc/self/status")
-    if method.kind != "peer" and status.exists():
-        return 1024 * float(status.read_text().split("VmHWM:")[1].split()[0])
-    who = resource.RUSAGE_CHILDREN if method.kind == "peer" else resource.RUSAGE_SELF
-    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _gpu_memory(method: Method) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from cyclopts import App
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_resident_bytes
 from benchmarks.stock import stock_copy
 from restormer3d import ops
 from restormer3d.config import ModelConfig
@@ -283,16 +283,15 @@ def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
 
 def peak_memory(name: str, config: ModelConfig, patch: tuple[int, ...]) -> float:
     """Return by how many bytes two training steps of batch 4 raise the process's peak memory."""
-    unit = 1 if platform.system() == "Darwin" else 1024
     model = build_variants(config, torch.device("cpu"), compiled=False)[name]
     x = torch.randn(4, 1, *patch)
     with torch.no_grad():
         model(x[:1, :, :8, :8, :8])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     step = training_step(model, x)
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return peak_resident_bytes() - before
 
 
 def time_job(device: str, *, quick: bool) -> dict[str, Any]:
