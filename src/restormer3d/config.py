@@ -46,8 +46,12 @@ class ModelConfig(_Config):
         mix them voxel by voxel.
     sigmas_t : tuple of float
         Widths in frames of the temporal averages ("filters" only).
-    sigmas_xy : tuple of float
-        Widths in pixels of the spatial averages taken of each temporal one ("filters" only).
+    sigmas_xy, sigmas_relative : tuple of float
+        Widths in pixels of the spatial averages taken of each temporal one, as they are and relative to the static
+        image ("filters" only).
+    fold : tuple of int
+        Frames, rows and columns of the blocks of voxels that the network sees as one voxel of many channels
+        ("filters" only): it then computes as many times less, and sees as much further.
     """
 
     dim: Annotated[int, Field(ge=4, multiple_of=4)] = 32
@@ -58,7 +62,9 @@ class ModelConfig(_Config):
     last_level_channels: int = 32
     start: Literal["input", "filters"] = "input"
     sigmas_t: tuple[float, ...] = (1.0, 3.0, 9.0, 27.0)
-    sigmas_xy: tuple[float, ...] = (0.6, 1.8)
+    sigmas_xy: tuple[float, ...] = (0.7, 1.4, 2.8, 5.6)
+    sigmas_relative: tuple[float, ...] = (1.4, 2.8, 5.6, 11.2)
+    fold: tuple[int, int, int] = (4, 2, 2)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -89,8 +95,11 @@ class TrainingConfig(_Config):
         Ends of the one cosine that spans warm-up and Noise2Void.
     weight_decay : float
         Of AdamW.
-    loss : {"l1", "mse"}
-        Loss on the masked voxels.
+    loss : {"l1", "mse", "noise"}
+        Loss on the masked voxels; "noise" is the squared error in units of the local noise variance.
+    simulated_target : {"blind_spot", "second_recording"}
+        What is learned of simulated scenes (pretraining only): their masked voxels, as of recordings, or a second
+        noisy recording of the same scene (Noise2Noise), all voxels of it. Never their truth.
     masked_fraction : float
         Share of the voxels of a patch that are masked.
     blind_spot : "auto" or tuple of int
@@ -111,7 +120,8 @@ class TrainingConfig(_Config):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    loss: Literal["l1", "mse"] = "mse"
+    loss: Literal["l1", "mse", "noise"] = "mse"
+    simulated_target: Literal["blind_spot", "second_recording"] = "blind_spot"
     masked_fraction: Annotated[float, Field(gt=0, le=0.25)] = 0.015
     blind_spot: Literal["auto"] | tuple[int, int, int] = (0, 0, 0)
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -163,10 +173,11 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         return ModelConfig(), TrainingConfig() if pretrained else scratch, InferenceConfig()
     if name != "default":
         raise ValueError(f"recipe must be 'default' or 'published', got {name!r}")
-    patch = (64, 32, 32)
+    patch = (128, 48, 48)
     common = {
         "patch": patch,
-        "batch_size": 2,
+        "batch_size": 1,
+        "loss": "noise",
         "masked_fraction": 0.05,
         "blind_spot": "auto",
         "ema_decay": 0.99,
@@ -174,4 +185,4 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
     tuned = TrainingConfig.model_validate(common)
     scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})
     model = ModelConfig(start="filters")
-    return model, tuned if pretrained else scratch, InferenceConfig(window=patch, batch_size=4)
+    return model, tuned if pretrained else scratch, InferenceConfig(window=patch, batch_size=1)

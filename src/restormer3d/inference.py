@@ -35,13 +35,13 @@ def denoise_frames(
     Parameters
     ----------
     model : nn.Module
-        Maps windows (B, 1, T, H, W) and their background (B, 1, 1, H, W) to denoised windows.
+        Maps windows (B, 1, T, H, W) and their background (B, 3, 1, H, W) to denoised windows.
     stack : stack of shape (T, H, W)
         Noisy intensities, read lazily, each frame at most a few times.
     normalization : Normalization
         Of this stack; undone on the way out.
     background : numpy.ndarray
-        Temporal mean of the stack, normalized, (H, W) float32.
+        What the model needs to know of the whole stack, (3, H, W) float32; see `patches.TrainingStack`.
     config : InferenceConfig
         Window, overlaps, batch size.
     device : str or torch.device
@@ -114,7 +114,7 @@ def _blend(
 ) -> None:
     """Denoise the windows at `crops` in one pass and add them, weighted, to `blended` (depth, H, W)."""
     windows = torch.stack([noisy[:, y, x] for y, x in crops]).unsqueeze(1)
-    images = torch.stack([background[y, x] for y, x in crops])[:, None, None]
+    images = torch.stack([background[:, y, x] for y, x in crops]).unsqueeze(2)
     denoised = model(windows, images).squeeze(1)
     for (y, x), frames in zip(crops, denoised, strict=True):
         blended[:, y, x] += frames * weight

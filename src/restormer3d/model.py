@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from restormer3d import ops
 from restormer3d.config import ModelConfig
+from restormer3d.filters import DETAILS, KINDS, FilterBank, filter_bank
 
 
 class Pointwise(nn.Module):
@@ -88,10 +89,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, T, H, W) to (B, 2C, T/2, H/2, W/2)."""
-        x = self.pointwise(x)
-        b, c, t, h, w = x.shape
-        x = x.view(b, c, t // 2, 2, h // 2, 2, w // 2, 2)
-        return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c * 8, t // 2, h // 2, w // 2)
+        return fold(self.pointwise(x), (2, 2, 2))
 
 
 class Upsample(nn.Module):
@@ -103,16 +101,13 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, T, H, W) to (B, C/2, 2T, 2H, 2W)."""
-        x = self.pointwise(x)
-        b, c, t, h, w = x.shape
-        x = x.view(b, c // 8, 2, 2, 2, t, h, w)
-        return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // 8, t * 2, h * 2, w * 2)
+        return unfold(self.pointwise(x), (2, 2, 2))
 
 
 class UNet(nn.Module):
     """Four levels of transformer blocks between `patch_embed` and `output`."""
 
-    def __init__(self, config: ModelConfig, in_channels: int, out_channels: int) -> None:
+    def __init__(self, config: ModelConfig, in_channels: int, out_channels: int, output_size: int = 3) -> None:
         super().__init__()
         dims = [config.dim * 2**level for level in range(4)]
         last = config.last_level_channels
@@ -139,7 +134,7 @@ class UNet(nn.Module):
         self.reduce_level1 = Pointwise(dims[1], last) if last != dims[1] else nn.Identity()
         self.decoder_level1 = blocks(last, 0, config.num_blocks[0])
         self.refinement = blocks(last, 0, config.num_refinement_blocks)
-        self.output = Conv3d(last, out_channels)
+        self.output = Conv3d(last, out_channels) if output_size == 3 else Pointwise(last, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, T, H, W) to (B, out_channels, T, H, W); T, H and W multiples of 8."""
@@ -175,11 +170,15 @@ class Restormer3D(nn.Module):
         if config.start == "input":
             self.unet = UNet(config, in_channels=1, out_channels=1)
             return
-        candidates = len(config.sigmas_xy) * (len(config.sigmas_t) + 1)
-        self.unet = UNet(config, in_channels=2 + len(config.sigmas_t), out_channels=candidates + 1)
+        cell, plane = math.prod(config.fold), config.fold[1] * config.fold[2]
+        averages = len(config.sigmas_t)
+        broad = averages * sum(sigma > 1 for sigma in config.sigmas_xy)
+        inputs = cell * 2 + plane * (averages - 1) + broad + plane * 7
+        self.moving = 1 + averages * (len(config.sigmas_xy) + len(config.sigmas_relative))
+        self.unet = UNet(config, in_channels=inputs, out_channels=cell * self.moving + plane * DETAILS, output_size=1)
         # Starting as a plain filter, the network has nothing to unlearn: its first output is that filter's.
         nn.init.zeros_(self.unet.output.weight)
-        self.filter_weights = nn.Parameter(_first_mixture(config))
+        self.register_buffer("filter_weights", _first_mixture(config, self.moving))
 
     def forward(self, x: Tensor, background: Tensor | None = None) -> Tensor:
         """Denoise windows.
@@ -189,9 +188,10 @@ class Restormer3D(nn.Module):
         x : Tensor
             Noisy windows with shape (B, 1, T, H, W), normalized; any T, H, W of at least 1.
         background : Tensor, optional
-            Temporal mean of the whole stack at these pixels with shape (B, 1, 1, H, W). Needed by
-            `start="filters"`, not used by `start="input"`. While training, the masked voxels' share in it has to be
-            that of their replacements (see `objectives.blind_spot_loss`).
+            What is known of the whole stack at these pixels, (B, 3, 1, H, W): temporal mean, share of a frame in it,
+            intensity without light (see `patches.TrainingStack`). Needed by `start="filters"`, not used by
+            `start="input"`. While training, the masked voxels' share in the mean has to be that of their
+            replacements (see `objectives.blind_spot_loss`).
 
         Returns
         -------
@@ -201,11 +201,52 @@ class Restormer3D(nn.Module):
         if self.config.start == "input":
             return x - _padded(self.unet, x)
         if background is None:
-            raise ValueError("this network mixes filters and needs `background`, the temporal mean (B, 1, 1, H, W)")
-        averages, candidates = _filter_bank(x, background, self.config)
-        mixture = _padded(self.unet, torch.cat([x - background, background.expand_as(x), averages], 1))
-        weights = self.filter_weights.view(1, -1, 1, 1, 1) + mixture[:, :-1]
-        return background + (weights * candidates).sum(1, keepdim=True) + mixture[:, -1:]
+            raise ValueError("this network mixes filters and needs `background`, (B, 3, 1, H, W): temporal mean, ...")
+        config = self.config
+        with torch.no_grad():
+            bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
+            seen = _folded_evidence(bank, config.fold)
+        mixture = _padded(self.unet, seen)
+        cell = math.prod(config.fold)
+        weights = unfold(mixture[:, : cell * self.moving], config.fold)[:, :, : x.shape[2], : x.shape[3], : x.shape[4]]
+        still = unfold(mixture[:, cell * self.moving :].mean(2, keepdim=True), (1, *config.fold[1:]))
+        still = still[:, :, :, : x.shape[3], : x.shape[4]]
+        fixed = torch.einsum("nk,bkhw->bnhw", self.filter_weights, bank.kinds).unsqueeze(2)
+        moving = ((fixed[:, : self.moving] + weights) * bank.moving).sum(1, keepdim=True)
+        return bank.base + ((fixed[:, self.moving :] + still) * bank.still).sum(1, keepdim=True) + moving
+
+
+def fold(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """Move blocks of voxels into channels: (B, C, T, H, W) to (B, C*ft*fh*fw, T/ft, H/fh, W/fw)."""
+    b, c, t, h, w = x.shape
+    ft, fh, fw = factors
+    x = x.reshape(b, c, t // ft, ft, h // fh, fh, w // fw, fw)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c * ft * fh * fw, t // ft, h // fh, w // fw)
+
+
+def unfold(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """Undo :func:`fold`."""
+    b, c, t, h, w = x.shape
+    ft, fh, fw = factors
+    x = x.reshape(b, c // (ft * fh * fw), ft, fh, fw, t, h, w)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // (ft * fh * fw), t * ft, h * fh, w * fw)
+
+
+def _folded_evidence(bank: FilterBank, factors: tuple[int, int, int]) -> Tensor:
+    """What the network sees of a filter bank, (B, C, T/ft, H/fh, W/fw): the finer, the more of it in channels."""
+    pad = [-size % factor for size, factor in zip(bank.evidence.shape[2:], factors, strict=True)]
+
+    def filled(x: Tensor) -> Tensor:
+        amounts = (0, pad[2], 0, pad[1], 0, pad[0] if x.shape[2] > 1 or bank.evidence.shape[2] == 1 else 0)
+        return F.pad(x, amounts, mode="replicate") if any(amounts) else x
+
+    plane = (1, *factors[1:])
+    evidence = filled(bank.evidence)
+    fine = fold(evidence[:, :2], factors)
+    slow = fold(F.avg_pool3d(evidence[:, 2:], (factors[0], 1, 1)), plane)
+    broad = F.avg_pool3d(filled(bank.broad_evidence), factors)
+    still = fold(filled(bank.still_evidence)[:, :, :1], plane).expand(-1, -1, fine.shape[2], -1, -1)
+    return torch.cat([fine, slow, broad, still], 1)
 
 
 def _conv_weight(out_channels: int, in_channels: int, size: int) -> nn.Parameter:
@@ -222,44 +263,9 @@ def _padded(unet: nn.Module, x: Tensor) -> Tensor:
     return unet(F.pad(x, pad, mode="replicate"))[:, :, :t, :h, :w] if any(pad) else unet(x)
 
 
-def gaussian_matrix(length: int, sigma: float, like: Tensor) -> Tensor:
-    """Gaussian filter along an axis of `length` as a matrix (length, length) whose rows sum to one.
-
-    At the ends the kernel is cut and renormalized.
-    """
-    position = torch.arange(length, device=like.device, dtype=like.dtype)
-    kernel = torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
-    return kernel / kernel.sum(1, keepdim=True)
-
-
-def _filter_bank(x: Tensor, background: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Gaussian averages of a window around its background.
-
-    Returns
-    -------
-    averages : Tensor
-        Temporal averages of x - background with shape (B, len(sigmas_t), T, H, W), each divided by the factor by which
-        it reduces white noise: every channel then carries noise of the same size.
-    candidates : Tensor
-        What may be added to the background, (B, (len(sigmas_t) + 1) * len(sigmas_xy), T, H, W): every temporal average
-        smoothed in the plane, and what smoothing does to the background itself.
-    """
-    b, _, t, h, w = x.shape
-    fluctuation = (x - background).reshape(b, t, h * w)
-    filters = [gaussian_matrix(t, sigma, x) for sigma in config.sigmas_t]
-    averages = torch.matmul(torch.cat(filters), fluctuation).view(b, len(filters), t, h, w)
-
-    def smooth(images: Tensor, sigma: float) -> Tensor:
-        return gaussian_matrix(h, sigma, x) @ images @ gaussian_matrix(w, sigma, x).T
-
-    candidates = [smooth(averages, sigma) for sigma in config.sigmas_xy]
-    candidates += [(smooth(background, sigma) - background).expand_as(x) for sigma in config.sigmas_xy]
-    noise = torch.stack([kernel.square().sum(1).sqrt() for kernel in filters])
-    return averages / noise.view(1, -1, t, 1, 1), torch.cat(candidates, 1)
-
-
-def _first_mixture(config: ModelConfig) -> Tensor:
-    """Weights of the candidates before any training: the middle temporal average, least smoothed in the plane."""
-    weights = torch.zeros(len(config.sigmas_xy) * (len(config.sigmas_t) + 1))
-    weights[len(config.sigmas_t) // 2] = 1.0
+def _first_mixture(config: ModelConfig, moving: int) -> Tensor:
+    """Weights (filters, KINDS) before any fit: one filter, in the middle, for all pixels."""
+    weights = torch.zeros(moving + DETAILS, KINDS)
+    averages = len(config.sigmas_t)
+    weights[1 + averages * (len(config.sigmas_xy) + len(config.sigmas_relative) // 2) + averages // 2] = 1.0
     return weights

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restormer3d.filters import noise_variance
+
 _CANDIDATES = 8  # neighbors tried for each masked voxel before its patch mean is taken
 
 
@@ -22,8 +24,10 @@ def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, me
         Maps noisy patches and background to denoised patches.
     noisy : Tensor
         Patches with shape (B, 1, T, H, W).
-    background, median : Tensor
-        Temporal mean and median of the whole stacks at these pixels, (B, 1, 1, H, W).
+    background : Tensor
+        What is known of the whole stacks at these pixels, (B, 3, 1, H, W); see `patches.TrainingStack`.
+    median : Tensor
+        Temporal median of the whole stacks, (B, 1, 1, H, W).
     """
     return (model(noisy, background) - median).abs().mean()
 
@@ -48,14 +52,14 @@ def blind_spot_loss(
     noisy : Tensor
         Patches with shape (B, 1, T, H, W).
     background : Tensor
-        Temporal mean of the whole stacks, (B, 1, 1, H, W). The masked voxels are part of it; their share is
-        exchanged for that of their replacements, else a network could solve for them.
+        What is known of the whole stacks, (B, 3, 1, H, W), the temporal mean first. The masked voxels are part of the
+        mean; their share is exchanged for that of their replacements, else a network could solve for them.
     stack_frames : Tensor
         Frames of each patch's stack, (B,): what the temporal mean was divided by.
     masked_fraction, extent, generator
         See :func:`blind_spot`.
-    loss : {"l1", "mse"}
-        Loss on the chosen voxels.
+    loss : {"l1", "mse", "noise"}
+        Loss on the chosen voxels; "noise" is the mean squared error in units of the local noise variance.
 
     References
     ----------
@@ -63,8 +67,33 @@ def blind_spot_loss(
     """
     masked, chosen = blind_spot(noisy, masked_fraction, extent, generator)
     share = (masked - noisy).sum(2, keepdim=True) / stack_frames.view(-1, 1, 1, 1, 1).to(noisy.dtype)
-    error = (model(masked, background + share) - noisy)[chosen]
+    background = torch.cat([background[:, :1] + share, background[:, 1:]], 1)
+    error = (model(masked, background) - noisy)[chosen]
+    if loss == "noise":
+        return (error.square() / noise_variance(masked).expand_as(noisy)[chosen]).mean()
     return error.abs().mean() if loss == "l1" else error.square().mean()
+
+
+def second_recording_loss(model: nn.Module, noisy: Tensor, background: Tensor, second: Tensor) -> Tensor:
+    """Noise2Noise loss: predict one noisy recording of a scene from another.
+
+    Every voxel counts, and none has to be hidden, for the noise of the two is independent. Only simulated scenes can
+    be recorded twice. The squared error is in units of the local noise variance: the best unbiased weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps noisy patches and background to denoised patches.
+    noisy, second : Tensor
+        Patches of the two recordings, (B, 1, T, H, W), in one normalization.
+    background : Tensor
+        Of the first recording, (B, 3, 1, H, W).
+
+    References
+    ----------
+    Lehtinen et al., "Noise2Noise: Learning Image Restoration without Clean Data", ICML 2018.
+    """
+    return ((model(noisy, background) - second).square() / noise_variance(noisy)).mean()
 
 
 def blind_spot(

@@ -27,6 +27,10 @@ class TrainingStack:
         Temporal median and mean, normalized, (H, W) float32.
     blind_spot : tuple of int
         Half-extent of the blind spot in (frames, rows, columns).
+    zero : float
+        Intensity without light, normalized.
+    second : stack of shape (T, H, W), optional
+        The same scene recorded once more, with noise of its own: simulated scenes alone can have that.
     """
 
     stack: Any
@@ -34,28 +38,59 @@ class TrainingStack:
     median: np.ndarray
     mean: np.ndarray
     blind_spot: tuple[int, int, int] = (0, 0, 0)
+    zero: float = 0.0
+    second: Any = None
+
+    @property
+    def background(self) -> np.ndarray:
+        """What a window needs to know of the whole stack, (3, H, W): mean, share of a frame in it, zero."""
+        share, zero = (np.full_like(self.mean, value) for value in (1 / self.stack.shape[0], self.zero))
+        return np.stack([self.mean, share, zero])
 
 
 @dataclass(frozen=True)
 class Patches:
-    """A batch: noisy (B, 1, T, H, W), mean and median (B, 1, 1, H, W), frames of each stack (B,)."""
+    """A batch of patches of stacks.
+
+    Attributes
+    ----------
+    noisy : Tensor
+        (B, 1, T, H, W).
+    background, median : Tensor
+        Of the whole stacks, (B, 3, 1, H, W) and (B, 1, 1, H, W).
+    stack_frames : Tensor
+        Frames of each stack, (B,).
+    second : Tensor
+        The same patches recorded once more, (B, 1, T, H, W); of no frames, (B, 1, 0, H, W), if not all have that.
+    blind_spot : tuple of int
+        Half-extent that all need.
+    """
 
     noisy: Tensor
-    mean: Tensor
+    background: Tensor
     median: Tensor
     stack_frames: Tensor
+    second: Tensor
     blind_spot: tuple[int, int, int]
 
     def to(self, device: torch.device) -> Patches:
         """Copy the batch to a device."""
         return Patches(
-            *(value.to(device, non_blocking=True) for value in (self.noisy, self.mean, self.median, self.stack_frames)),
+            *(
+                value.to(device, non_blocking=True)
+                for value in (self.noisy, self.background, self.median, self.stack_frames, self.second)
+            ),
             blind_spot=self.blind_spot,
         )
 
 
-def training_stack(stack: Any, blind_spot: tuple[int, int, int] = (0, 0, 0)) -> TrainingStack:
-    """Estimate normalization, temporal median and temporal mean of a stack of shape (T, H, W)."""
+def training_stack(
+    stack: Any, blind_spot: tuple[int, int, int] = (0, 0, 0), *, zero: float = 0.0, second: Any = None
+) -> TrainingStack:
+    """Estimate normalization, temporal median and temporal mean of a stack of shape (T, H, W).
+
+    `zero` is the intensity without light in the stack's units; see :class:`TrainingStack` for the others.
+    """
     normalization = estimate_normalization(stack)
     return TrainingStack(
         stack,
@@ -63,6 +98,8 @@ def training_stack(stack: Any, blind_spot: tuple[int, int, int] = (0, 0, 0)) -> 
         normalization.apply(temporal_median(stack)),
         normalization.apply(temporal_mean(stack)),
         blind_spot,
+        (zero - normalization.low) / normalization.scale,
+        second,
     )
 
 
@@ -94,14 +131,17 @@ def random_patches(
     # Turning by 90 degrees would exchange the axes of the noise's correlation and the sides of the patch.
     may_turn = size[1] == size[2] and reach[1] == reach[2]
     parts = [_random_patch(each, size, may_turn, rng) for each in drawn]
-    noisy, mean, median = (torch.from_numpy(np.stack(arrays)[:, None]) for arrays in zip(*parts, strict=True))
+    noisy, background, median, second = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*parts, strict=True))
     frames = torch.tensor([each.stack.shape[0] for each in drawn], dtype=torch.float32)
-    return Patches(noisy, mean, median, frames, (reach[0], reach[1], reach[2]))
+    if any(each.second is None for each in drawn):
+        second = second[:, :, :0]
+    return Patches(noisy, background, median, frames, second, (reach[0], reach[1], reach[2]))
 
 
 def _random_patch(
     source: TrainingStack, size: list[int], may_turn: bool, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Noisy frames, background, median and second recording of a place, each (channels, frames, rows, columns)."""
     t, y, x = (
         slice(start, start + length)
         for length, full in zip(size, source.stack.shape, strict=True)
@@ -115,4 +155,6 @@ def _random_patch(
         frames = np.rot90(frames, quarter_turns, axes=(-2, -1))
         return np.ascontiguousarray(frames[..., ::-1] if flip else frames)
 
-    return orient(noisy), orient(source.mean[None, y, x]), orient(source.median[None, y, x])
+    second = noisy if source.second is None else source.normalization.apply(source.second[t, y, x])
+    background = source.background[:, None, y, x]
+    return orient(noisy[None]), orient(background), orient(source.median[None, None, y, x]), orient(second[None])

@@ -242,7 +242,8 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
 @torch.inference_mode()
 def _seconds_per_window(model: Restormer3D, window: list[int], batch_size: int, device: torch.device) -> float:
     noisy = torch.rand(batch_size, 1, *window, device=device)
-    background = noisy.mean(2, keepdim=True)
+    mean = noisy.mean(2, keepdim=True)
+    background = torch.cat([mean, torch.full_like(mean, 1 / window[0]), torch.zeros_like(mean)], 1)
     started = 0.0
     for _ in range(2):
         started = time.monotonic()

@@ -6,7 +6,7 @@ Never a clean target: simulated scenes are seen through their noise alone, as re
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from restormer3d.checkpoint import CheckpointError, save_weights
 from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
 from restormer3d.inference import denoise_frames
 from restormer3d.metrics import evaluate_stacks
+from restormer3d.mixture import fit_mixture
 from restormer3d.model import Restormer3D
 from restormer3d.noise import blind_spot_extent, estimate_noise
-from restormer3d.patches import TrainingStack, training_stack
+from restormer3d.patches import Patches, TrainingStack, random_patches, training_stack
 from restormer3d.simulation import NoisyScene, noise_parameters, random_scene_parameters, simulate_scene
 from restormer3d.stacks import open_stack
 from restormer3d.training import Progress, fit
 
-_ITERATIONS_PER_SCENE = 4  # a new simulated scene replaces the oldest in the pool after so many iterations
+_ITERATIONS_PER_SCENE = 3  # a new simulated scene replaces the oldest in the pool after so many iterations
 _POOL = 6  # simulated scenes that batches are drawn from at one time
-_VALIDATION_SHAPE = (96, 64, 64)
+_MIXTURE_SCENES = 200  # that the fixed mixture of filters is fitted to
+_VALIDATION_SHAPE = (128, 64, 64)
 _VALIDATION_SEED = 9_000_000  # far from the seeds of training scenes and of the quality table
 
 
@@ -38,7 +40,7 @@ def pretrain(
     model_config: ModelConfig,
     *,
     simulate: int = 0,
-    scene_shape: tuple[int, int, int] = (200, 80, 80),
+    scene_shape: tuple[int, int, int] = (320, 80, 80),
     weights: Restormer3D | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
@@ -60,7 +62,7 @@ def pretrain(
     simulate : int
         Number of different simulated scenes to train on as well; they are made when needed and never stored.
     scene_shape : tuple of int
-        Frames, rows and columns of the simulated scenes.
+        Frames at most, rows and columns of the simulated scenes; each has 40 to 100 % of the frames.
     weights : Restormer3D, optional
         A model to go on from; by default a new one, with initial weights drawn from the seed.
     device : str or torch.device
@@ -107,9 +109,12 @@ def pretrain(
 
     torch.manual_seed(training.seed)
     model = weights or Restormer3D(model_config)
+    paired = training.simulated_target == "second_recording" and simulate > 0
+    if paired and weights is None and model.config.start == "filters" and not state.exists():
+        fit_mixture(model, _pairs(training, simulate, scene_shape))
     fit(
         model,
-        lambda iteration: [*recorded, *_simulated_pool(iteration, training.seed, simulate, scene_shape)],
+        lambda iteration: [*recorded, *_simulated_pool(iteration, training.seed, simulate, scene_shape, paired)],
         training,
         device=device,
         progress=progress,
@@ -141,7 +146,7 @@ def validate(model: Restormer3D, window: tuple[int, int, int], device: str | tor
         gain, read_noise = noise_parameters(level)
         noisy = NoisyScene(scene, gain, read_noise, seed=_VALIDATION_SEED + level)[:]
         source = training_stack(noisy)
-        frames = denoise_frames(model, noisy, source.normalization, source.mean, config, device=device)
+        frames = denoise_frames(model, noisy, source.normalization, source.background, config, device=device)
         scores[f"stsnr_level{level}"] = evaluate_stacks(scene[:], np.stack(list(frames)))["stsnr"]
     model.train(was_training)
     return scores
@@ -154,24 +159,36 @@ def _validation_scene() -> Any:
 
 def _recorded(path: Path, training: TrainingConfig) -> TrainingStack:
     stack = open_stack(path)
+    noise = estimate_noise(stack)
     extent = training.blind_spot
-    return training_stack(stack, blind_spot_extent(estimate_noise(stack)) if extent == "auto" else extent)
+    return training_stack(stack, blind_spot_extent(noise) if extent == "auto" else extent, zero=noise.offset)
 
 
-def _simulated_pool(iteration: int, seed: int, count: int, shape: tuple[int, int, int]) -> list[TrainingStack]:
+def _pairs(training: TrainingConfig, count: int, shape: tuple[int, int, int]) -> Iterator[Patches]:
+    """One patch of each of the first scenes, with its second recording."""
+    for number in range(min(_MIXTURE_SCENES, count)):
+        rng = np.random.default_rng([training.seed, 2, number])
+        yield random_patches([_simulated(training.seed, number, shape, True)], training.patch, 1, rng)
+
+
+def _simulated_pool(
+    iteration: int, seed: int, count: int, shape: tuple[int, int, int], paired: bool
+) -> list[TrainingStack]:
     """The scenes that an iteration draws from: the newest few of an endless row, which repeats after `count`."""
     newest = iteration // _ITERATIONS_PER_SCENE
-    return [_simulated(seed, number % count, shape) for number in range(newest, newest + min(_POOL, count))]
+    return [_simulated(seed, number % count, shape, paired) for number in range(newest, newest + min(_POOL, count))]
 
 
 @lru_cache(maxsize=2 * _POOL)
-def _simulated(seed: int, number: int, shape: tuple[int, int, int]) -> TrainingStack:
-    """Simulate a noisy recording; half of them at the brightness of the default scene and any gain."""
+def _simulated(seed: int, number: int, shape: tuple[int, int, int], paired: bool) -> TrainingStack:
+    """Simulate a noisy recording, `paired` with a second one whose noise is independent."""
     rng = np.random.default_rng([seed, 1, number])
     parameters = random_scene_parameters(rng)
-    scene = simulate_scene(shape, seed=int(rng.integers(2**31)), **parameters["scene"])
+    frames = int(rng.integers(2 * shape[0] // 5, shape[0] + 1))
+    scene = simulate_scene((frames, *shape[1:]), seed=int(rng.integers(2**31)), **parameters["scene"])
     detector = parameters["detector"]
-    noisy = NoisyScene(scene, seed=int(rng.integers(2**31)), **detector)[:]
+    noisy, second = (NoisyScene(scene, seed=int(rng.integers(2**31)), **detector) for _ in range(2))
     correlation_x, correlation_y = detector["correlation"]
     # The correlation is known here: measuring it again would only cost time.
-    return training_stack(noisy, (0, int(correlation_y > 0.05), int(correlation_x > 0.05)))
+    extent = (0, int(correlation_y > 0.05), int(correlation_x > 0.05))
+    return training_stack(noisy[:], extent, second=second[:] if paired else None)

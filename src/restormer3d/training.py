@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from restormer3d.checkpoint import CheckpointError, load_state, save_state
 from restormer3d.config import TrainingConfig
 from restormer3d.model import Restormer3D
-from restormer3d.objectives import blind_spot_loss, temporal_median_loss
+from restormer3d.objectives import blind_spot_loss, second_recording_loss, temporal_median_loss
 from restormer3d.patches import Patches, TrainingStack, random_patches
 
 StackSource = Sequence[TrainingStack] | Callable[[int], Sequence[TrainingStack]]
@@ -146,11 +146,13 @@ def _loss(
     model: Restormer3D, batch: Patches, config: TrainingConfig, warmup: bool, generator: torch.Generator
 ) -> Tensor:
     if warmup:
-        return temporal_median_loss(model, batch.noisy, batch.mean, batch.median)
+        return temporal_median_loss(model, batch.noisy, batch.background, batch.median)
+    if batch.second.numel():
+        return second_recording_loss(model, batch.noisy, batch.background, batch.second)
     return blind_spot_loss(
         model,
         batch.noisy,
-        batch.mean,
+        batch.background,
         batch.stack_frames,
         masked_fraction=config.masked_fraction,
         extent=batch.blind_spot,

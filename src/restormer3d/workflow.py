@@ -325,15 +325,15 @@ def _denoised(
         "seconds": {"prepare": prepared - started, "train": time.monotonic() - prepared},
     }
     frames = denoise_frames(
-        model, stack, source.normalization, source.mean, chosen.inference, device=device, progress=progress
+        model, stack, source.normalization, source.background, chosen.inference, device=device, progress=progress
     )
     return Denoised(frames, record, model)
 
 
 def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict[str, Any]]:
     """Measure what training needs of a stack, its blind spot included."""
-    source = training_stack(stack)
     noise = estimate_noise(stack) if stack.shape[0] > 1 else None
+    source = training_stack(stack, zero=noise.offset if noise else 0.0)
     extent = chosen.training.blind_spot
     if extent == "auto":
         extent = blind_spot_extent(noise) if noise else (0, 0, 0)

@@ -102,7 +102,9 @@ def draw_anatomy(rng: np.random.Generator, canvas: tuple[int, int], settings: Sc
     light = structures.vignette(rng, canvas, settings.vignetting)
     light *= structures.vessel_shadow(rng, canvas, radius, settings.vessel_density)
     static *= light
-    modes = structures.neuropil_modes(rng, static, radius, settings.neuropil_modes, settings.neuropil_strength)
+    modes = structures.neuropil_modes(
+        rng, static, radius, settings.neuropil_modes, settings.neuropil_strength, settings.neuropil_follows
+    )
     footprints = [illuminate(footprint, light) for footprint in footprints + neurites]
     return Anatomy(brightness, min(len(neurites), HIDDEN_SOURCES), masks, footprints, static, modes)
 

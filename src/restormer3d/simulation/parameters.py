@@ -34,6 +34,8 @@ class SceneParameters:
         Relative standard deviation of the static neuropil texture.
     neuropil_strength, neuropil_modes : float, int
         Relative standard deviation in time of the neuropil, and how many spatial modes share it.
+    neuropil_follows : float
+        How far the neuropil's fluctuation follows its static texture: 1 in proportion, 0 not at all (a smooth glow).
     vessel_density, vignetting : float
         Number of vessels per (20 radii)^2, and strength of the fall-off towards the corners (0: none).
     bout_rate_hz, bout_s : float
@@ -60,6 +62,7 @@ class SceneParameters:
     roughness: float = 0.42
     neuropil_strength: float = 0.2
     neuropil_modes: int = 5
+    neuropil_follows: float = 1.0
     vessel_density: float = 0.2
     vignetting: float = 0.3
     bout_rate_hz: float = 0.09
@@ -80,6 +83,8 @@ class SceneParameters:
         for name in ("cell_density", "donut_fraction", "silent_fraction", "bursting_fraction", "bleaching"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
+        if not 0 <= self.neuropil_follows <= 1:
+            raise ValueError(f"neuropil_follows is {self.neuropil_follows}; expected a number from 0 to 1")
         if self.motion_px < 0 or self.contrast <= 1 or not 0 <= self.neuropil_strength <= 0.3:
             raise ValueError("expected motion_px >= 0, contrast > 1 and neuropil_strength from 0 to 0.3")
         if self.neuropil_modes < 1:
@@ -113,15 +118,16 @@ def random_scene(rng: np.random.Generator) -> dict[str, Any]:
         "cell_radius_px": log_uniform(rng, 2.0, 8.0),
         "cell_density": log_uniform(rng, 0.01, 0.25),
         "donut_fraction": rng.uniform(0.0, 0.9),
-        "brightness_spread": rng.uniform(0.4, 1.3),
+        "brightness_spread": rng.uniform(0.4, 2.0),
         "neurite_density": log_uniform(rng, 0.02, 0.6),
         "roughness": rng.uniform(0.15, 0.7),
         "neuropil_strength": rng.uniform(0.0, 0.3),
         "neuropil_modes": int(rng.integers(1, 9)),
+        "neuropil_follows": 1.0 if rng.random() < 0.5 else rng.uniform(0.0, 1.0),
         "vessel_density": rng.uniform(0.0, 1.5),
         "vignetting": rng.uniform(0.0, 3.0),
         "bout_rate_hz": log_uniform(rng, 0.02, 1.0),
-        "bout_s": log_uniform(rng, 0.05, 2.0),
+        "bout_s": log_uniform(rng, 0.05, 6.0),
         "silent_fraction": rng.uniform(0.0, 0.7),
         "bursting_fraction": rng.uniform(0.0, 0.5),
         "mean_adu": log_uniform(rng, 60.0, 600.0),

@@ -191,14 +191,17 @@ def darken(image: np.ndarray, footprint: Footprint, share: float) -> None:
 
 
 def neuropil_modes(
-    rng: np.random.Generator, texture: np.ndarray, radius_px: float, count: int, strength: float
+    rng: np.random.Generator, texture: np.ndarray, radius_px: float, count: int, strength: float, follows: float = 1.0
 ) -> np.ndarray:
     """Spatial modes (count, H, W) of neuropil fluctuation: broad fields over the static texture.
 
-    With unit-variance courses the fluctuation's standard deviation is about `strength` times the texture.
+    With unit-variance courses the fluctuation's standard deviation is about `strength` times the texture, which is
+    taken to the power `follows` with its mean kept.
     """
     shape = (texture.shape[0], texture.shape[1])
     scales = radius_px * rng.uniform(3, 25, count)
     fields = np.stack([smooth_field(rng, shape, scale) for scale in scales])
     fields[0] = 1 + 0.3 * fields[0]  # one mode that the whole field of view shares
-    return (strength / np.sqrt(count) * fields * texture).astype(np.float32)
+    followed = texture**follows
+    followed *= texture.mean() / followed.mean()
+    return (strength / np.sqrt(count) * fields * followed).astype(np.float32)

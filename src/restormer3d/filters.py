@@ -1,0 +1,206 @@
+"""The filters that Restormer3D weighs voxel by voxel: what may be added to the temporal mean, and what each one shows.
+
+Fluorescence that changes, changes in proportion to what is there: a cell, or neuropil, brightens as a whole. The
+fluctuations around the temporal mean are therefore averaged in the plane in two ways: as they are, and relative to the
+temporal mean, which keeps the edges of the static image sharp. All filters are linear in the fluctuations.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NOISE_SIGMA = 2.0  # pixels over which the noise variance of a window is averaged
+_DETAIL_SIGMAS = (0.45, 0.8, 1.6, 3.2)  # pixels: scales into which the static image is taken apart
+_BRIGHTNESS_KNOTS = (-2.0, -1.0, -0.25, 0.5, 1.25, 2.25)  # logarithm of a pixel's light over its noise
+_ACTIVITY_KNOTS = (0.1, 0.6, 1.8)  # logarithm of the energy of slow fluctuations over that of noise
+_EPS = 1e-6
+
+KINDS = len(_BRIGHTNESS_KNOTS) * len(_ACTIVITY_KNOTS)
+"""Kinds of pixels that a fixed mixture of filters tells apart."""
+DETAILS = len(_DETAIL_SIGMAS)
+"""Details that the static image is taken apart into."""
+
+
+class FilterBank(NamedTuple):
+    """Filters applied to a window.
+
+    Attributes
+    ----------
+    base : Tensor
+        The static image, its details shrunk by their reliability, (B, 1, 1, H, W).
+    moving : Tensor
+        What may be added frame by frame, (B, N, T, H, W).
+    still : Tensor
+        What may be added to all frames alike: details of the static image, (B, M, 1, H, W).
+    evidence : Tensor
+        Fluctuations in units of their noise at full resolution, (B, K, T, H, W).
+    broad_evidence : Tensor
+        The same, smoothed in the plane, (B, L, T, H, W).
+    still_evidence : Tensor
+        The static image: details in units of their noise, contrast, and brightness over noise, (B, S, 1, H, W).
+    kinds : Tensor
+        How far a pixel belongs to each kind, bright or dark, lively or not, (B, KINDS, H, W); sums to 1.
+    """
+
+    base: Tensor
+    moving: Tensor
+    still: Tensor
+    evidence: Tensor
+    broad_evidence: Tensor
+    still_evidence: Tensor
+    kinds: Tensor
+
+
+def filter_bank(
+    x: Tensor,
+    background: Tensor,
+    sigmas_t: tuple[float, ...],
+    sigmas_xy: tuple[float, ...],
+    sigmas_relative: tuple[float, ...],
+) -> FilterBank:
+    """Apply all filters to windows.
+
+    Parameters
+    ----------
+    x : Tensor
+        Noisy windows, (B, 1, T, H, W), normalized.
+    background : Tensor
+        What is known of the whole stack at these pixels, (B, 3, 1, H, W), normalized: the temporal mean, the share of
+        one frame in it (one over the number of frames), and the intensity without light.
+    sigmas_t : tuple of float
+        Widths of the temporal averages, frames.
+    sigmas_xy : tuple of float
+        Widths of the spatial averages, pixels.
+    sigmas_relative : tuple of float
+        Widths of the spatial averages relative to the static image, pixels.
+    """
+    b, _, t, h, w = x.shape
+    mean, share, zero = background.split(1, dim=1)
+    fluctuation = x - mean
+    noise = noise_variance(x)
+    base, details, detail_noise = shrunk_details(mean, noise * share)
+    temporal = [gaussian_matrix(t, sigma, x) for sigma in sigmas_t]
+    averages = torch.matmul(torch.cat(temporal), fluctuation.reshape(b, t, h * w)).view(b, len(temporal), t, h, w)
+    light = base - zero
+    light = light.clamp(min=0).add(0.02 * light.abs().mean((2, 3, 4), keepdim=True) + _EPS)
+    spatial = [_smooth(averages, sigma) for sigma in sigmas_xy]
+    widths = {sigma: average for sigma, average in zip(sigmas_xy, spatial, strict=True)}
+    relative = [
+        light / _smooth(light, sigma) * (widths[sigma] if sigma in widths else _smooth(averages, sigma))
+        for sigma in sigmas_relative
+    ]
+    deviation = noise.sqrt()
+    per_average = torch.stack([kernel.square().sum(1).sqrt() for kernel in temporal]).view(1, -1, t, 1, 1)
+    in_noise = averages / (per_average * deviation)
+    broad = [
+        average / (per_average * _plane_norm(h, w, sigma, x) * deviation)
+        for sigma, average in zip(sigmas_xy, spatial, strict=True)
+        if sigma > 1
+    ]
+    brightness = torch.log(light / deviation)
+    contrast = light / _smooth(light, 4.0) - 1
+    count = -0.5 * torch.log(share)
+    still_evidence = torch.cat([torch.asinh(details / detail_noise), contrast, brightness, count], 1)
+    return FilterBank(
+        base,
+        torch.cat([fluctuation, *spatial, *relative], 1),
+        details,
+        torch.asinh(torch.cat([fluctuation / deviation, in_noise], 1)),
+        torch.asinh(torch.cat(broad, 1)),
+        still_evidence,
+        _kinds(brightness, _activity(in_noise[:, len(temporal) // 2 :][:, :1])),
+    )
+
+
+def noise_variance(x: Tensor) -> Tensor:
+    """Noise variance per pixel of windows (B, 1, T, H, W) from differences of frames, as (B, 1, 1, H, W)."""
+    if x.shape[2] < 2:
+        return torch.ones_like(x)
+    squares = (x[:, :, 1:] - x[:, :, :-1]).square().mean(2, keepdim=True) / 2
+    return _smooth(squares, _NOISE_SIGMA) + _EPS
+
+
+def _activity(in_noise: Tensor) -> Tensor:
+    """Logarithm of the energy over time of fluctuations (B, 1, T, H, W) in units of their noise, (B, 1, 1, H, W)."""
+    energy = _smooth(in_noise.square().mean(2, keepdim=True), _NOISE_SIGMA)
+    return torch.log(energy.clamp(min=1.0))
+
+
+def _kinds(brightness: Tensor, activity: Tensor) -> Tensor:
+    """Bilinear weights of each pixel on the grid of knots, (B, KINDS, H, W)."""
+    along = _hats(brightness[:, 0, 0], _BRIGHTNESS_KNOTS), _hats(activity[:, 0, 0], _ACTIVITY_KNOTS)
+    return (along[0].unsqueeze(2) * along[1].unsqueeze(1)).flatten(1, 2)
+
+
+def _hats(x: Tensor, knots: tuple[float, ...]) -> Tensor:
+    """Linear interpolation weights of x (B, H, W) between knots, constant beyond the ends; (B, len(knots), H, W)."""
+    at = torch.tensor(knots, device=x.device, dtype=x.dtype)
+    x = x.clamp(at[0], at[-1]).unsqueeze(1)
+    at = at.view(1, -1, 1, 1)
+    rising = (x - at[:, :-1]) / (at[:, 1:] - at[:, :-1])
+    up = F.pad(rising, (0, 0, 0, 0, 1, 0), value=1.0)
+    down = F.pad(1 - rising, (0, 0, 0, 0, 0, 1), value=1.0)
+    return torch.minimum(up, down).clamp(min=0)
+
+
+def shrunk_details(mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take an image apart into details of several scales, and put it together with the unreliable ones shrunk.
+
+    Parameters
+    ----------
+    mean, noise : Tensor
+        Image and its noise variance, (B, 1, 1, H, W).
+
+    Returns
+    -------
+    image, details, deviation : Tensor
+        The image with each detail multiplied by the share of its local energy that is not noise (a local Wiener
+        filter); the details (B, scales, 1, H, W); the standard deviation of their noise, of the same shape.
+    """
+    h, w = mean.shape[3:]
+    smooth = [mean, *(_smooth(mean, sigma) for sigma in _DETAIL_SIGMAS)]
+    details = torch.cat([fine - coarse for fine, coarse in zip(smooth, smooth[1:], strict=False)], 1)
+    expected = noise * torch.tensor(_detail_noise(), device=mean.device, dtype=mean.dtype).view(1, -1, 1, 1, 1)
+    energy = torch.cat(
+        [_smooth(details[:, k : k + 1].square(), 2 * sigma) for k, sigma in enumerate(_DETAIL_SIGMAS)], 1
+    )
+    reliable = ((energy - expected) / (energy + 1e-12)).clamp(min=0)
+    image = smooth[-1] + (reliable * details).sum(1, keepdim=True)
+    return image, details, expected.sqrt()
+
+
+def gaussian_matrix(length: int, sigma: float, like: Tensor) -> Tensor:
+    """Gaussian filter along an axis of `length` as a matrix (length, length) whose rows sum to one.
+
+    At the ends the kernel is cut and renormalized.
+    """
+    position = torch.arange(length, device=like.device, dtype=like.dtype)
+    kernel = torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
+    return kernel / kernel.sum(1, keepdim=True)
+
+
+def _smooth(images: Tensor, sigma: float) -> Tensor:
+    h, w = images.shape[-2:]
+    return gaussian_matrix(h, sigma, images) @ images @ gaussian_matrix(w, sigma, images).T
+
+
+def _plane_norm(h: int, w: int, sigma: float, like: Tensor) -> Tensor:
+    """Factor by which smoothing in the plane reduces the deviation of white noise, (h, w)."""
+    rows, columns = (gaussian_matrix(size, sigma, like).square().sum(1).sqrt() for size in (h, w))
+    return torch.outer(rows, columns)
+
+
+@lru_cache(maxsize=1)
+def _detail_noise() -> tuple[float, ...]:
+    """Variance that white noise of variance 1 has in each scale of details."""
+    size = 65
+    impulse = torch.zeros(1, 1, 1, size, size, dtype=torch.float64)
+    impulse[..., size // 2, size // 2] = 1
+    smooth = [impulse, *(_smooth(impulse, sigma) for sigma in _DETAIL_SIGMAS)]
+    return tuple(float((a - b).square().sum()) for a, b in zip(smooth, smooth[1:], strict=False))
