@@ -130,12 +130,15 @@ class InferenceConfig(_Config):
         Share of a window that the next one covers again, along time and along rows and columns.
     batch_size : int
         Windows per pass through the network.
+    symmetries : {1, 4, 8}
+        Windows averaged over this many flips (4) or flips and quarter turns (8) in the plane; costs as many passes.
     """
 
     window: PatchShape = (32, 64, 64)
     overlap_t: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     overlap_xy: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     batch_size: Annotated[int, Field(ge=1)] = 2
+    symmetries: Literal[1, 4, 8] = 1
 
 
 def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConfig, InferenceConfig]:
