@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CANDIDATES = 8  # neighbors tried for each masked voxel before its patch mean is taken
+_WHOLE = slice(None)
 
 
-def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor) -> Tensor:
+def temporal_median_loss(
+    model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor, part: slice = _WHOLE
+) -> Tensor:
     """L1 distance of the denoised patches from their stacks' temporal median, broadcast over frames.
 
     Parameters
@@ -24,8 +27,10 @@ def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, me
         Patches with shape (B, 1, T, H, W).
     background, median : Tensor
         Temporal mean and median of the whole stacks at these pixels, (B, 1, 1, H, W).
+    part : slice
+        The patches to compute; other processes compute the others.
     """
-    return (model(noisy, background) - median).abs().mean()
+    return (model(noisy[part], background[part]) - median[part]).abs().mean()
 
 
 def blind_spot_loss(
@@ -38,6 +43,7 @@ def blind_spot_loss(
     extent: tuple[int, int, int],
     loss: str,
     generator: torch.Generator,
+    part: slice = _WHOLE,
 ) -> Tensor:
     """Noise2Void loss: predict the chosen voxels from patches in which they are replaced.
 
@@ -56,6 +62,8 @@ def blind_spot_loss(
         See :func:`blind_spot`.
     loss : {"l1", "mse"}
         Loss on the chosen voxels.
+    part : slice
+        The patches to compute. Masks are drawn for all, so that they do not depend on how a batch is shared out.
 
     References
     ----------
@@ -63,7 +71,7 @@ def blind_spot_loss(
     """
     masked, chosen = blind_spot(noisy, masked_fraction, extent, generator)
     share = (masked - noisy).sum(2, keepdim=True) / stack_frames.view(-1, 1, 1, 1, 1).to(noisy.dtype)
-    error = (model(masked, background + share) - noisy)[chosen]
+    error = (model(masked[part], (background + share)[part]) - noisy[part])[chosen[part]]
     return error.abs().mean() if loss == "l1" else error.square().mean()
 
 

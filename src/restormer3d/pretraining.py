@@ -16,6 +16,7 @@ import torch
 
 from restormer3d.checkpoint import CheckpointError, save_weights
 from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
+from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.model import Restormer3D
@@ -46,6 +47,8 @@ def pretrain(
     progress: Progress | None = None,
 ) -> Path:
     """Train a network on many noisy stacks; a killed run goes on with `resume` to the same weights.
+
+    Within :func:`restormer3d.distributed.joined_processes` the processes share each batch.
 
     Parameters
     ----------
@@ -80,13 +83,14 @@ def pretrain(
     Raises
     ------
     ValueError
-        If there is nothing to train on.
+        If there is nothing to train on, or the processes cannot share the batch equally.
     CheckpointError
         If `run_folder` holds a run and `resume` is not set, or one with other settings.
     """
     files = stack_files(stacks)
     if not files and simulate < 1:
         raise ValueError("nothing to train on: name noisy stacks, or give --simulate N")
+    part_of_batch(training.batch_size)  # refuses, if it has to, before stacks are read
     state = run_folder / "state.pt"
     if state.exists() and not resume:
         raise CheckpointError(f"{run_folder}: holds a run already; go on with --resume, or choose another folder")

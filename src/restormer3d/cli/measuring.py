@@ -175,6 +175,8 @@ def pretrain(
 ) -> int:
     """Train weights on many noisy stacks, recorded or simulated; never on a clean target.
 
+    Several processes share the batch under torchrun: `torchrun --nproc-per-node 2 -m restormer3d.cli pretrain ...`.
+
     Parameters
     ----------
     stacks
@@ -188,7 +190,7 @@ def pretrain(
     iterations
         Noise2Void iterations.
     batch_size
-        Patches per iteration.
+        Patches per iteration, of all processes together.
     patch
         Frames, rows and columns of a patch.
     seed
@@ -207,6 +209,7 @@ def pretrain(
         TOML file with tables [model] and [training].
     """
     from restormer3d.checkpoint import load_weights
+    from restormer3d.distributed import is_first, joined_processes
     from restormer3d.planning import pretraining_settings, torch_device
     from restormer3d.pretraining import pretrain
 
@@ -215,7 +218,7 @@ def pretrain(
         model, training = pretraining_settings(
             recipe, iterations=iterations, batch_size=batch_size, patch=patch, seed=seed, config_file=config
         )
-        with progress_bars() as progress:
+        with joined_processes(torch_device(device)) as place, progress_bars() as progress:
             path = pretrain(
                 stacks or [],
                 output,
@@ -223,17 +226,18 @@ def pretrain(
                 model,
                 simulate=simulate,
                 weights=None if weights is None else load_weights(weights),
-                device=torch_device(device),
+                device=place,
                 resume=resume,
                 save_every=save_every,
-                progress=progress,
+                progress=progress if is_first() else None,
             )
+            if is_first():
+                say(f"weights: {path}")
     except ValueError as error:
         return refuse(error)
     except (OSError, RuntimeError) as error:
         say(f"failed: {error}")
         return 1
-    say(f"weights: {path}")
     return 0
 
 
