@@ -100,6 +100,8 @@ class TrainingConfig(_Config):
         Largest norm of the gradient.
     ema_decay : float
         Decay per iteration of the running average of the weights that is kept as the result; 0 keeps the last ones.
+    thinning : float
+        Pretraining thins the photons of recorded stacks, patch by patch, to a share drawn between this and 1 (off).
     seed : int
         Of patches, masks and initial weights.
     """
@@ -116,6 +118,7 @@ class TrainingConfig(_Config):
     blind_spot: Literal["auto"] | tuple[int, int, int] = (0, 0, 0)
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Fraction = 0.0
+    thinning: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
 
 

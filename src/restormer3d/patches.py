@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restormer3d.normalization import Normalization, estimate_normalization, temporal_mean, temporal_median
+from restormer3d.thinning import Thinning, thin
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class TrainingStack:
         Temporal median and mean, normalized, (H, W) float32.
     blind_spot : tuple of int
         Half-extent of the blind spot in (frames, rows, columns).
+    thinning : Thinning or None
+        How patches lose photons; None leaves them as recorded.
     """
 
     stack: Any
@@ -34,6 +37,7 @@ class TrainingStack:
     median: np.ndarray
     mean: np.ndarray
     blind_spot: tuple[int, int, int] = (0, 0, 0)
+    thinning: Thinning | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,11 @@ def _random_patch(
         for length, full in zip(size, source.stack.shape, strict=True)
         for start in [int(rng.integers(full - length + 1))]
     )
-    noisy = source.normalization.apply(source.stack[t, y, x])
+    recorded, mean, median = source.stack[t, y, x], source.mean[None, y, x], source.median[None, y, x]
+    if source.thinning is None:
+        noisy = source.normalization.apply(recorded)
+    else:
+        noisy, mean, median = _thinned(source, source.thinning, recorded, mean, median, rng)
     quarter_turns = int(rng.integers(4)) if may_turn else 2 * int(rng.integers(2))
     flip = bool(rng.integers(2))
 
@@ -115,4 +123,22 @@ def _random_patch(
         frames = np.rot90(frames, quarter_turns, axes=(-2, -1))
         return np.ascontiguousarray(frames[..., ::-1] if flip else frames)
 
-    return orient(noisy), orient(source.mean[None, y, x]), orient(source.median[None, y, x])
+    return orient(noisy), orient(mean), orient(median)
+
+
+def _thinned(
+    source: TrainingStack,
+    thinning: Thinning,
+    recorded: np.ndarray,
+    mean: np.ndarray,
+    median: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thin a recorded patch, and normalize it and its images as a stack with so few photons would be."""
+    share = thinning.draw_share(rng)
+    normalization = thinning.normalization(share)
+    level, still = source.normalization.invert(mean), source.normalization.invert(median)
+    noisy = thin(recorded, level[0], thinning.noise, share, rng)
+    # The objective takes masked voxels out of the mean: it has to hold them as they are in the patch.
+    level += (noisy - recorded).sum(0, dtype=np.float64) / source.stack.shape[0]
+    return normalization.apply(noisy), normalization.apply(level), normalization.apply(still)
