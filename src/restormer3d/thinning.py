@@ -90,9 +90,9 @@ def thin(
     With N photons expected in a pixel, the scaled count of the kept ones has variance N / p and third central moment
     N / p^2 where the full count has N and N. The differences are those of (1 + 1/p) (K - E[K]), K a Poisson number
     with mean N p (1 - p) / (1 + p)^2: the result is exact in mean, variance and, where neighbors are independent,
-    skewness, not in shape (a count ends at zero, its lower tail here does not). It is independent of the recorded noise and between frames; along rows and columns it is correlated as
-    the recorded noise is with its nearest neighbor (up to 0.49), where that correlation is large enough for the
-    blind spot to cover.
+    skewness, not in shape (a count ends at zero, its lower tail here does not). It is independent of the recorded
+    noise and between frames; along rows and columns it is correlated as the recorded noise is with its nearest
+    neighbor (up to 0.49), where that correlation is large enough for the blind spot to cover.
 
     Parameters
     ----------

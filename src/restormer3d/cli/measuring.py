@@ -171,6 +171,7 @@ def pretrain(
     threads: int | None = None,
     save_every: int = 500,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    tensorboard: Annotated[bool, Parameter(negative="")] = False,
     config: Path | None = None,
 ) -> int:
     """Train weights on many noisy stacks, recorded or simulated; never on a clean target.
@@ -182,7 +183,7 @@ def pretrain(
     stacks
         Noisy TIFF files, or folders of them.
     output
-        Folder of the run: weights, history, and the state to resume from.
+        Folder of the run: the last weights and those of the best validation, history, and the state to resume from.
     simulate
         Number of different simulated scenes to train on as well, over a wide range of noise and magnification.
     recipe
@@ -205,6 +206,8 @@ def pretrain(
         Iterations between two savings, each with a validation.
     resume
         Go on with the run in the output folder: the result is that of an uninterrupted run.
+    tensorboard
+        Write losses and validations for TensorBoard, too, into the folder's "tensorboard".
     config
         TOML file with tables [model] and [training].
     """
@@ -229,10 +232,11 @@ def pretrain(
                 device=place,
                 resume=resume,
                 save_every=save_every,
+                tensorboard=tensorboard,
                 progress=progress if is_first() else None,
             )
             if is_first():
-                say(f"weights: {path}")
+                say(f"weights: {path}, and those of the best validation in best.safetensors beside it")
     except ValueError as error:
         return refuse(error)
     except (OSError, RuntimeError) as error:
