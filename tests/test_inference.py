@@ -122,6 +122,59 @@ def test_memory_does_not_grow_with_the_stack():
     assert stack.most <= 16
 
 
+class Sideways(torch.nn.Module):
+    """Tells every orientation from the others: adds a slope that stands still while the window turns."""
+
+    def forward(self, x, background):
+        rows, columns = x.shape[-2:]
+        slope = torch.linspace(0, 3, rows)[:, None] + torch.linspace(0, 1, columns)
+        return x * slope + 2 * background
+
+
+def symmetries(array, count):
+    """Flips (4), or flips and quarter turns (8), of the last two axes, each with the way back."""
+    for turns in range(0, 4, 8 // count):
+        for flip in (1, -1):
+            yield (
+                np.rot90(array, turns, (-2, -1))[..., ::flip],
+                lambda out, turns=turns, flip=flip: np.rot90(out[..., ::flip], -turns, (-2, -1)),
+            )
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_windows_are_averaged_over_symmetries(count):
+    rng = np.random.default_rng(3)
+    stack = rng.normal(size=(16, 16, 16)).astype(np.float32)
+    background = rng.normal(size=(16, 16)).astype(np.float32)
+    config = InferenceConfig(window=(16, 16, 16), symmetries=count)
+    averaged = np.stack(list(denoise_frames(Sideways(), stack, UNIT, background, config)))
+    single = config.model_copy(update={"symmetries": 1})
+    turned = zip(symmetries(stack, count), symmetries(background, count), strict=True)
+    expected = [
+        back(np.stack(list(denoise_frames(Sideways(), one, UNIT, image, single)))) for (one, back), (image, _) in turned
+    ]
+    assert len({out.tobytes() for out in expected}) == count
+    np.testing.assert_allclose(averaged, np.mean(expected, axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_symmetries_change_nothing_for_a_model_that_has_them(count):
+    stack = np.random.default_rng(4).normal(size=(20, 40, 33)).astype(np.float32)
+    config = InferenceConfig(window=(16, 16, 16), symmetries=count)
+    single = config.model_copy(update={"symmetries": 1})
+    np.testing.assert_allclose(run(Wobble(), stack, config), run(Wobble(), stack, single), atol=1e-5)
+
+
+def test_quarter_turns_need_square_windows():
+    stack = np.zeros((20, 40, 12), np.float32)  # the windows shrink to its 12 columns
+    config = InferenceConfig(window=(16, 16, 16), symmetries=8)
+    with pytest.raises(ValueError, match="16 rows and 12 columns"):
+        run(Identity(), stack, config)
+    with pytest.raises(ValueError, match="square windows"):
+        count_windows(stack.shape, config)
+    run(Identity(), stack, config.model_copy(update={"symmetries": 4}))
+
+
 def test_windows_are_counted_as_they_are_computed():
     config = InferenceConfig(window=(16, 16, 16), batch_size=3)
     calls = []

@@ -13,6 +13,7 @@ from restormer3d.planning import (
     Calibration,
     build_model,
     calibrate,
+    estimate,
     fit_to_time,
     parse_blind_spot,
     pretraining_settings,
@@ -103,6 +104,18 @@ def test_less_time_gives_fewer_iterations_and_ends_in_time(seconds):
     assert cost <= seconds
     # A plan that wastes the time it has would be no plan.
     assert cost > 0.5 * seconds or planned.inference == chosen.inference
+
+
+def test_symmetries_are_part_of_the_time():
+    once, eight = (settings("published", symmetries=count) for count in (1, 8))
+    seconds = [estimate(each, SHAPE, Calibration(0.0, 0.2), torch.device("cpu"))[0] for each in (once, eight)]
+    assert seconds[1] == pytest.approx(8 * seconds[0])
+
+
+@pytest.mark.parametrize("symmetries", [2, 16])
+def test_other_numbers_of_symmetries_are_refused(symmetries):
+    with pytest.raises(ValueError, match="symmetries"):
+        settings("published", symmetries=symmetries)
 
 
 def test_too_little_time_is_said():

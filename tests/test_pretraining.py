@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from restormer3d.checkpoint import CheckpointError, load_weights
+from restormer3d import pretraining
+from restormer3d import training as training_module
+from restormer3d.checkpoint import CheckpointError, load_weights, weights_notes
 from restormer3d.config import ModelConfig, TrainingConfig
 from restormer3d.pretraining import pretrain, stack_files
 
@@ -16,11 +24,22 @@ from .conftest import TINY
 SCENE = (24, 24, 24)
 
 
+SETTINGS = TrainingConfig(
+    patch=(16, 16, 16), batch_size=2, warmup_iterations=1, iterations=5, blind_spot="auto", ema_decay=0.9
+)
+
+
 @pytest.fixture
 def training() -> TrainingConfig:
-    return TrainingConfig(
-        patch=(16, 16, 16), batch_size=2, warmup_iterations=1, iterations=5, blind_spot="auto", ema_decay=0.9
-    )
+    return SETTINGS
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +47,9 @@ def small_validation(monkeypatch):
     monkeypatch.setattr("restormer3d.pretraining._VALIDATION_SHAPE", (16, 16, 16))
 
 
-def run(folder, training, stacks=(), **options):
+def run(folder, training, stacks=(), *, simulate=50, **options):
     model = ModelConfig(**TINY, start="filters")
-    return pretrain(stacks, folder, training, model, simulate=50, scene_shape=SCENE, save_every=2, **options)
+    return pretrain(stacks, folder, training, model, simulate=simulate, scene_shape=SCENE, save_every=2, **options)
 
 
 def test_a_run_leaves_weights_history_and_state(noisy_file, training, tmp_path):
@@ -55,6 +74,107 @@ def test_a_killed_run_resumes_to_the_same_weights(noisy_file, training, tmp_path
     resumed = load_weights(run(tmp_path / "killed", training, [noisy_file], resume=True))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def run_and_die(folder: str, stack: str, moment: str) -> None:
+    """In a process of its own, which the moment ends."""
+    torch.set_num_threads(1)
+    pretraining._VALIDATION_SHAPE = (16, 16, 16)
+    save_state = training_module.save_state
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(path, state):
+        if len(state["history"]) == 4:  # weights and history of iteration 4 are written, the state is that of 2
+            die()
+        save_state(path, state)
+
+    if moment == "saving":
+        training_module.save_state = save
+    run(Path(folder), SETTINGS, [Path(stack)], progress=die_at_five(die) if moment == "training" else None)
+
+
+def die_at_five(die):
+    return lambda _, done, __: die() if done == 5 else None
+
+
+@pytest.mark.parametrize("moment", ["training", "saving"])
+def test_no_kill_changes_the_weights(noisy_file, tmp_path, moment, one_thread):
+    run(tmp_path / "whole", SETTINGS, [noisy_file])
+    code = "import sys; from tests.test_pretraining import run_and_die; run_and_die(*sys.argv[1:])"
+    arguments = [str(tmp_path / "killed"), str(noisy_file), moment]
+    repository = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], check=False, cwd=repository)
+    assert killed.returncode == -signal.SIGKILL
+    run(tmp_path / "killed", SETTINGS, [noisy_file], resume=True)
+    histories = []
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        entries = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        histories.append([{k: v for k, v in entry.items() if k != "seconds"} for entry in entries])
+    assert histories[0] == histories[1]
+    for name in ("weights.safetensors", "best.safetensors"):
+        models = [load_weights(tmp_path / folder / name) for folder in ("whole", "killed")]
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_best_validation_is_kept(training, tmp_path, monkeypatch):
+    scores = iter([(1.0, 2.0, 3.0), (3.0, 3.0, 3.0), (4.0, 4.0, 0.0)])
+    levels = ("stsnr_level1", "stsnr_level2", "stsnr_level3")
+    monkeypatch.setattr(pretraining, "validate", lambda *_: dict(zip(levels, next(scores), strict=True)))
+    last = run(tmp_path, training)
+    assert weights_notes(last)["iteration"] == 6
+    assert weights_notes(tmp_path / "best.safetensors")["iteration"] == 4
+
+
+def test_thinning_is_an_augmentation_of_recorded_stacks(noisy_file, training, tmp_path):
+    thinned = training.model_copy(update={"thinning": 0.05})
+
+    def losses(name, config, **sources):
+        run(tmp_path / name, config, **sources)
+        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    recorded = {"stacks": [noisy_file], "simulate": 0}
+    first = losses("first", thinned, **recorded)
+    assert first == losses("again", thinned, **recorded)
+    assert first != losses("as recorded", training, **recorded)
+    assert losses("simulated", training) == losses("simulated, too", thinned)
+
+
+def test_tensorboard_gets_every_iteration_once(training, tmp_path, monkeypatch):
+    written, folders = [], set()
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            folders.add(folder)
+            self.first = purge_step
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def add_scalar(self, name, value, step, walltime):
+            assert step >= self.first
+            written.append((name, step))
+
+    stub = types.ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    run(tmp_path, training, tensorboard=True)
+    assert folders == {str(tmp_path / "tensorboard")}
+    expected = [(name, step) for step in range(1, 7) for name in ("loss", "learning_rate")]
+    expected += [(f"validation/stsnr_level{level}", step) for step in (2, 4, 6) for level in (1, 2, 3)]
+    assert sorted(written) == sorted(expected)
+
+
+def test_missing_tensorboard_is_said(training, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'restormer3d\[tensorboard\]'"):
+        run(tmp_path, training, tensorboard=True)
 
 
 def test_folders_are_searched_for_tiff(noisy_file, tmp_path):

@@ -109,6 +109,8 @@ class TrainingConfig(_Config):
         Largest norm of the gradient.
     ema_decay : float
         Decay per iteration of the running average of the weights that is kept as the result; 0 keeps the last ones.
+    thinning : float
+        Pretraining thins the photons of recorded stacks, patch by patch, to a share drawn between this and 1 (off).
     seed : int
         Of patches, masks and initial weights.
     """
@@ -126,6 +128,7 @@ class TrainingConfig(_Config):
     blind_spot: Literal["auto"] | tuple[int, int, int] = (0, 0, 0)
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Fraction = 0.0
+    thinning: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
 
 
@@ -140,12 +143,15 @@ class InferenceConfig(_Config):
         Share of a window that the next one covers again, along time and along rows and columns.
     batch_size : int
         Windows per pass through the network.
+    symmetries : {1, 4, 8}
+        Windows averaged over this many flips (4) or flips and quarter turns (8) in the plane; costs as many passes.
     """
 
     window: PatchShape = (32, 64, 64)
     overlap_t: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     overlap_xy: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     batch_size: Annotated[int, Field(ge=1)] = 2
+    symmetries: Literal[1, 4, 8] = 1
 
 
 def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConfig, InferenceConfig]:

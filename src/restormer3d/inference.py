@@ -6,7 +6,7 @@ that no later window reaches are finished and leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def denoise_frames(
     background : numpy.ndarray
         What the model needs to know of the whole stack, (3, H, W) float32; see `patches.TrainingStack`.
     config : InferenceConfig
-        Window, overlaps, batch size.
+        Window, overlaps, batch size, symmetries.
     device : str or torch.device
         Where to compute. Beside the model it holds two window depths of frames.
     progress : function, optional
@@ -53,10 +53,14 @@ def denoise_frames(
     ------
     numpy.ndarray
         Denoised frames (H, W) float32, in the stack's intensities, not rounded.
+
+    Raises
+    ------
+    ValueError
+        If windows that are not square are to be averaged over quarter turns.
     """
     frames, height, width = stack.shape
-    depth = min(config.window[0], frames + frames % 2)
-    window = (min(config.window[1], height), min(config.window[2], width))
+    depth, *window = _window(stack.shape, config)
     starts = temporal_starts(frames, depth, config.overlap_t)
     crops = _crops((height, width), window, config.overlap_xy)
     plane = torch.from_numpy(np.outer(gaussian_weights(window[0]), gaussian_weights(window[1]))).to(device)
@@ -72,7 +76,7 @@ def denoise_frames(
         noisy = torch.from_numpy(_read_mirrored(stack, start, depth, normalization)).to(device)
         for first in range(0, len(crops), config.batch_size):
             batch = crops[first : first + config.batch_size]
-            _blend(model, noisy, image, batch, hann[:, None, None] * plane, blended)
+            _blend(model, noisy, image, batch, hann[:, None, None] * plane, blended, config.symmetries)
             if progress is not None:
                 progress("denoise", position * len(crops) + first + len(batch), len(starts) * len(crops))
         weight += hann
@@ -87,16 +91,26 @@ def denoise_frames(
 
 def count_windows(shape: tuple[int, int, int], config: InferenceConfig) -> int:
     """Count the windows that :func:`denoise_frames` computes for a stack of this shape."""
-    depth = min(config.window[0], shape[0] + shape[0] % 2)
-    per_axis = (
-        len(window_starts(size, min(size, window), config.overlap_xy))
-        for size, window in zip(shape[1:], config.window[1:], strict=True)
+    depth, *window = _window(shape, config)
+    rows, columns = (
+        len(window_starts(full, part, config.overlap_xy)) for full, part in zip(shape[1:], window, strict=True)
     )
-    rows, columns = per_axis
     return len(temporal_starts(shape[0], depth, config.overlap_t)) * rows * columns
 
 
-def _crops(size: tuple[int, int], window: tuple[int, int], overlap: float) -> list[_CROP]:
+def _window(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns of the windows that slide over a stack of this shape."""
+    frames, *plane = shape
+    rows, columns = (min(pair) for pair in zip(config.window[1:], plane, strict=True))
+    if config.symmetries == 8 and rows != columns:
+        raise ValueError(
+            f"symmetries: 8 needs square windows to turn, and over this stack of {plane[0]} x {plane[1]} pixels "
+            f"they have {rows} rows and {columns} columns; give 4 (flips alone), or a square window that fits"
+        )
+    return min(config.window[0], frames + frames % 2), rows, columns
+
+
+def _crops(size: tuple[int, int], window: Sequence[int], overlap: float) -> list[_CROP]:
     rows, columns = (window_starts(full, part, overlap) for full, part in zip(size, window, strict=True))
     return [(slice(y, y + window[0]), slice(x, x + window[1])) for y in rows for x in columns]
 
@@ -110,14 +124,32 @@ def _read_mirrored(stack: Any, start: int, depth: int, normalization: Normalizat
 
 @torch.inference_mode()
 def _blend(
-    model: nn.Module, noisy: Tensor, background: Tensor, crops: list[_CROP], weight: Tensor, blended: Tensor
+    model: nn.Module,
+    noisy: Tensor,
+    background: Tensor,
+    crops: list[_CROP],
+    weight: Tensor,
+    blended: Tensor,
+    symmetries: int,
 ) -> None:
     """Denoise the windows at `crops` in one pass and add them, weighted, to `blended` (depth, H, W)."""
     windows = torch.stack([noisy[:, y, x] for y, x in crops]).unsqueeze(1)
     images = torch.stack([background[:, y, x] for y, x in crops]).unsqueeze(2)
-    denoised = model(windows, images).squeeze(1)
+    denoised = _over_symmetries(model, windows, images, symmetries).squeeze(1)
     for (y, x), frames in zip(crops, denoised, strict=True):
         blended[:, y, x] += frames * weight
+
+
+def _over_symmetries(model: nn.Module, windows: Tensor, images: Tensor, symmetries: int) -> Tensor:
+    """Denoise windows (B, 1, T, H, W) in 1, 4 or 8 orientations and average what comes back, turned upright."""
+    if symmetries == 1:
+        return model(windows, images)
+    total = torch.zeros_like(windows)
+    for quarter_turns in range(0, 4, 8 // symmetries):  # half turns and flips, with quarter turns all eight
+        for flipped in ([], [-1]):
+            turned = (torch.rot90(x, quarter_turns, (-2, -1)).flip(flipped).contiguous() for x in (windows, images))
+            total += torch.rot90(model(*turned).flip(flipped), -quarter_turns, (-2, -1))
+    return total / symmetries
 
 
 def _shift(values: Tensor, done: int) -> None:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from restormer3d.filters import noise_variance
 
 _CANDIDATES = 8  # neighbors tried for each masked voxel before its patch mean is taken
+_WHOLE = slice(None)
 
 
-def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor) -> Tensor:
+def temporal_median_loss(
+    model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor, part: slice = _WHOLE
+) -> Tensor:
     """L1 distance of the denoised patches from their stacks' temporal median, broadcast over frames.
 
     Parameters
@@ -28,8 +31,10 @@ def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, me
         What is known of the whole stacks at these pixels, (B, 3, 1, H, W); see `patches.TrainingStack`.
     median : Tensor
         Temporal median of the whole stacks, (B, 1, 1, H, W).
+    part : slice
+        The patches to compute; other processes compute the others.
     """
-    return (model(noisy, background) - median).abs().mean()
+    return (model(noisy[part], background[part]) - median[part]).abs().mean()
 
 
 def blind_spot_loss(
@@ -42,6 +47,7 @@ def blind_spot_loss(
     extent: tuple[int, int, int],
     loss: str,
     generator: torch.Generator,
+    part: slice = _WHOLE,
 ) -> Tensor:
     """Noise2Void loss: predict the chosen voxels from patches in which they are replaced.
 
@@ -60,6 +66,8 @@ def blind_spot_loss(
         See :func:`blind_spot`.
     loss : {"l1", "mse", "noise"}
         Loss on the chosen voxels; "noise" is the mean squared error in units of the local noise variance.
+    part : slice
+        The patches to compute. Masks are drawn for all, so that they do not depend on how a batch is shared out.
 
     References
     ----------
@@ -68,13 +76,15 @@ def blind_spot_loss(
     masked, chosen = blind_spot(noisy, masked_fraction, extent, generator)
     share = (masked - noisy).sum(2, keepdim=True) / stack_frames.view(-1, 1, 1, 1, 1).to(noisy.dtype)
     background = torch.cat([background[:, :1] + share, background[:, 1:]], 1)
-    error = (model(masked, background) - noisy)[chosen]
+    error = (model(masked[part], background[part]) - noisy[part])[chosen[part]]
     if loss == "noise":
-        return (error.square() / noise_variance(masked).expand_as(noisy)[chosen]).mean()
+        return (error.square() / noise_variance(masked[part]).expand_as(noisy[part])[chosen[part]]).mean()
     return error.abs().mean() if loss == "l1" else error.square().mean()
 
 
-def second_recording_loss(model: nn.Module, noisy: Tensor, background: Tensor, second: Tensor) -> Tensor:
+def second_recording_loss(
+    model: nn.Module, noisy: Tensor, background: Tensor, second: Tensor, part: slice = _WHOLE
+) -> Tensor:
     """Noise2Noise loss: predict one noisy recording of a scene from another.
 
     Every voxel counts, and none has to be hidden, for the noise of the two is independent. Only simulated scenes can
@@ -88,12 +98,15 @@ def second_recording_loss(model: nn.Module, noisy: Tensor, background: Tensor, s
         Patches of the two recordings, (B, 1, T, H, W), in one normalization.
     background : Tensor
         Of the first recording, (B, 3, 1, H, W).
+    part : slice
+        The patches to compute; other processes compute the others.
 
     References
     ----------
     Lehtinen et al., "Noise2Noise: Learning Image Restoration without Clean Data", ICML 2018.
     """
-    return ((model(noisy, background) - second).square() / noise_variance(noisy)).mean()
+    error = model(noisy[part], background[part]) - second[part]
+    return (error.square() / noise_variance(noisy[part])).mean()
 
 
 def blind_spot(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restormer3d.normalization import Normalization, estimate_normalization, temporal_mean, temporal_median
+from restormer3d.thinning import Thinning, thin
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class TrainingStack:
         Intensity without light, normalized.
     second : stack of shape (T, H, W), optional
         The same scene recorded once more, with noise of its own: simulated scenes alone can have that.
+    thinning : Thinning or None
+        How patches lose photons; None leaves them as recorded.
     """
 
     stack: Any
@@ -40,12 +43,16 @@ class TrainingStack:
     blind_spot: tuple[int, int, int] = (0, 0, 0)
     zero: float = 0.0
     second: Any = None
+    thinning: Thinning | None = None
 
     @property
     def background(self) -> np.ndarray:
         """What a window needs to know of the whole stack, (3, H, W): mean, share of a frame in it, zero."""
-        share, zero = (np.full_like(self.mean, value) for value in (1 / self.stack.shape[0], self.zero))
-        return np.stack([self.mean, share, zero])
+        return self.background_of(self.mean, self.zero)
+
+    def background_of(self, mean: np.ndarray, zero: float) -> np.ndarray:
+        """Return the same for another mean (..., H, W) and zero, (3, ..., H, W)."""
+        return np.stack([mean, np.full_like(mean, 1 / self.stack.shape[0]), np.full_like(mean, zero)])
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,11 @@ def _random_patch(
         for length, full in zip(size, source.stack.shape, strict=True)
         for start in [int(rng.integers(full - length + 1))]
     )
-    noisy = source.normalization.apply(source.stack[t, y, x])
+    recorded, mean, median = source.stack[t, y, x], source.mean[None, y, x], source.median[None, y, x]
+    if source.thinning is None:
+        noisy, zero = source.normalization.apply(recorded), source.zero
+    else:
+        noisy, mean, median, zero = _thinned(source, source.thinning, recorded, mean, median, rng)
     quarter_turns = int(rng.integers(4)) if may_turn else 2 * int(rng.integers(2))
     flip = bool(rng.integers(2))
 
@@ -156,5 +167,24 @@ def _random_patch(
         return np.ascontiguousarray(frames[..., ::-1] if flip else frames)
 
     second = noisy if source.second is None else source.normalization.apply(source.second[t, y, x])
-    background = source.background[:, None, y, x]
-    return orient(noisy[None]), orient(background), orient(source.median[None, None, y, x]), orient(second[None])
+    background = source.background_of(mean, zero)
+    return orient(noisy[None]), orient(background), orient(median[None]), orient(second[None])
+
+
+def _thinned(
+    source: TrainingStack,
+    thinning: Thinning,
+    recorded: np.ndarray,
+    mean: np.ndarray,
+    median: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Thin a recorded patch, and normalize it and its images as a stack with so few photons would be."""
+    share = thinning.draw_share(rng)
+    normalization = thinning.normalization(share)
+    level, still = source.normalization.invert(mean), source.normalization.invert(median)
+    noisy = thin(recorded, level[0], thinning.noise, share, rng)
+    # The objective takes masked voxels out of the mean: it has to hold them as they are in the patch.
+    level += (noisy - recorded).sum(0, dtype=np.float64) / source.stack.shape[0]
+    zero = float(normalization.apply(source.normalization.invert(np.array(source.zero))))
+    return normalization.apply(noisy), normalization.apply(level), normalization.apply(still), zero

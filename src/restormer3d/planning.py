@@ -92,6 +92,7 @@ def settings(
     overlap: float | None = None,
     seed: int | None = None,
     blind_spot: str | None = None,
+    symmetries: int | None = None,
     sigma: tuple[float, float] | None = None,
     config_file: str | Path | None = None,
 ) -> Settings:
@@ -107,6 +108,8 @@ def settings(
         Replace the recipe's.
     blind_spot : str, optional
         "auto", "point", or axes and odd widths, such as "x3" or "x3y3" or "t3x5".
+    symmetries : {1, 4, 8}, optional
+        Replaces the recipe's.
     sigma : tuple of float, optional
         Widths of the Gaussian filter in frames and pixels.
     config_file : path, optional
@@ -135,7 +138,9 @@ def settings(
             blind_spot=None if blind_spot is None else parse_blind_spot(blind_spot),
         ),
     )
-    windows = file.get("inference", {}) | _given(window=patch, overlap_t=overlap, overlap_xy=overlap)
+    windows = file.get("inference", {}) | _given(
+        window=patch, overlap_t=overlap, overlap_xy=overlap, symmetries=symmetries
+    )
     if source is None:
         model = _changed(model, file.get("model", {}))
         if training.iterations == 0:
@@ -275,7 +280,7 @@ def fit_to_time(
             "overlap_xy": min(overlap_xy, chosen.inference.overlap_xy),
         }
         inference = chosen.inference.model_copy(update=update)
-        inference_time = count_windows(shape, inference) * calibration.seconds_per_window
+        inference_time = _inference_seconds(shape, inference, calibration)
         if inference_time <= max(budget / 2, budget - training_time):
             break
     affordable = max(0, int((budget - inference_time) / max(calibration.seconds_per_iteration, 1e-9)))
@@ -293,7 +298,11 @@ def fit_to_time(
 def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, seconds: float) -> bool:
     """Whether what :func:`fit_to_time` chose ends within `seconds`, with a network that has been trained at all."""
     trained = chosen.weights is not None or chosen.training.iterations > 0
-    return trained and count_windows(shape, chosen.inference) * calibration.seconds_per_window <= seconds * _SAFETY
+    return trained and _inference_seconds(shape, chosen.inference, calibration) <= seconds * _SAFETY
+
+
+def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
+    return count_windows(shape, inference) * inference.symmetries * calibration.seconds_per_window
 
 
 def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:
@@ -310,7 +319,7 @@ def estimate(
     """Seconds and bytes that a denoising will take beside what Python and its libraries hold already."""
     iterations = chosen.training.warmup_iterations + chosen.training.iterations
     seconds = iterations * calibration.seconds_per_iteration
-    seconds += count_windows(shape, chosen.inference) * calibration.seconds_per_window
+    seconds += _inference_seconds(shape, chosen.inference, calibration)
     frames = 4 * shape[1] * shape[2]
     buffers = 3 * chosen.inference.window[0] * frames
     if device.type == "cpu":  # the calibration has just run with everything allocated

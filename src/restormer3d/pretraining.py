@@ -6,7 +6,10 @@ Never a clean target: simulated scenes are seen through their noise alone, as re
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 
 from restormer3d.checkpoint import CheckpointError, save_weights
 from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
+from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.mixture import fit_mixture
@@ -24,6 +28,7 @@ from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.patches import Patches, TrainingStack, random_patches, training_stack
 from restormer3d.simulation import NoisyScene, noise_parameters, random_scene_parameters, simulate_scene
 from restormer3d.stacks import open_stack
+from restormer3d.thinning import prepare_thinning
 from restormer3d.training import Progress, fit
 
 _ITERATIONS_PER_SCENE = 3  # a new simulated scene replaces the oldest in the pool after so many iterations
@@ -45,16 +50,20 @@ def pretrain(
     device: str | torch.device = "cpu",
     resume: bool = False,
     save_every: int = 500,
+    tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Train a network on many noisy stacks; a killed run goes on with `resume` to the same weights.
+
+    Within :func:`restormer3d.distributed.joined_processes` the processes share each batch.
 
     Parameters
     ----------
     stacks : sequence of Path
         TIFF files, or folders whose TIFF files are taken.
     run_folder : Path
-        Receives `weights.safetensors`, `history.jsonl`, and `state.pt` to resume from.
+        Receives `weights.safetensors` (the last), `best.safetensors` (of the best validation), `history.jsonl`, and
+        `state.pt` to resume from.
     training : TrainingConfig
         Iterations, patches, optimiser.
     model_config : ModelConfig
@@ -71,24 +80,28 @@ def pretrain(
         Go on with the run in `run_folder`.
     save_every : int
         Iterations between two savings, each with a validation.
+    tensorboard : bool
+        Write losses, learning rates and validations for TensorBoard, too, at each saving.
     progress : function, optional
         Called with ("train", iterations done, iterations in all).
 
     Returns
     -------
     Path
-        The weights file.
+        The last weights.
 
     Raises
     ------
     ValueError
-        If there is nothing to train on.
+        If there is nothing to train on, the processes cannot share the batch equally, or TensorBoard is not installed.
     CheckpointError
         If `run_folder` holds a run and `resume` is not set, or one with other settings.
     """
     files = stack_files(stacks)
     if not files and simulate < 1:
         raise ValueError("nothing to train on: name noisy stacks, or give --simulate N")
+    part_of_batch(training.batch_size)  # refuses, if it has to, before stacks are read
+    board = _tensorboard() if tensorboard else None
     state = run_folder / "state.pt"
     if state.exists() and not resume:
         raise CheckpointError(f"{run_folder}: holds a run already; go on with --resume, or choose another folder")
@@ -104,8 +117,9 @@ def pretrain(
 
     def keep(history: list[dict[str, Any]], model: Restormer3D) -> None:
         history[-1]["validation"] = validate(model, training.patch, device)
-        save_weights(path, model, notes | {"last": history[-1]})
-        (run_folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        _keep(run_folder, history, model, notes)
+        if board is not None:
+            _report(board, run_folder / "tensorboard", history)
 
     torch.manual_seed(training.seed)
     model = weights or Restormer3D(model_config)
@@ -123,6 +137,44 @@ def pretrain(
         on_save=keep,
     )
     return path
+
+
+def _keep(run_folder: Path, history: list[dict[str, Any]], model: Restormer3D, notes: dict[str, Any]) -> None:
+    """Write the last weights, the best if these are, and the history, each in one step."""
+    notes = notes | {"iteration": history[-1]["iteration"], "last": history[-1]}
+    save_weights(run_folder / "weights.safetensors", model, notes)
+    if _is_best(history):
+        save_weights(run_folder / "best.safetensors", model, notes)
+    part = run_folder / f".history.jsonl.part-{os.getpid()}"
+    part.write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    os.replace(part, run_folder / "history.jsonl")
+
+
+def _is_best(history: list[dict[str, Any]]) -> bool:
+    """Whether the last entry's mean validation stSNR over the noise levels is above all earlier ones."""
+    *earlier, last = [float(np.mean(list(entry["validation"].values()))) for entry in history if "validation" in entry]
+    return all(last > score for score in earlier)
+
+
+def _tensorboard() -> Any:
+    """Return the class that writes for TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs TensorBoard: pip install 'restormer3d[tensorboard]'") from error
+    return SummaryWriter
+
+
+def _report(board: Any, folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write the entries since the last saving, and nothing that a killed run would write again."""
+    saved = [entry["iteration"] for entry in history[:-1] if "validation" in entry]
+    new = history[saved[-1] if saved else 0 :]
+    began = time.time() - history[-1]["seconds"]
+    with board(str(folder), purge_step=new[0]["iteration"]) as writer:
+        for entry in new:
+            scores = {f"validation/{name}": score for name, score in entry.get("validation", {}).items()}
+            for name, value in ({key: entry[key] for key in ("loss", "learning_rate")} | scores).items():
+                writer.add_scalar(name, value, entry["iteration"], walltime=began + entry["seconds"])
 
 
 def stack_files(stacks: Sequence[Path]) -> list[Path]:
@@ -161,7 +213,9 @@ def _recorded(path: Path, training: TrainingConfig) -> TrainingStack:
     stack = open_stack(path)
     noise = estimate_noise(stack)
     extent = training.blind_spot
-    return training_stack(stack, blind_spot_extent(noise) if extent == "auto" else extent, zero=noise.offset)
+    source = training_stack(stack, blind_spot_extent(noise) if extent == "auto" else extent, zero=noise.offset)
+    mean = source.normalization.invert(source.mean)
+    return replace(source, thinning=prepare_thinning(stack, mean, source.normalization, noise, training.thinning))
 
 
 def _pairs(training: TrainingConfig, count: int, shape: tuple[int, int, int]) -> Iterator[Patches]:

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from restormer3d.checkpoint import CheckpointError, load_state, save_state
 from restormer3d.config import TrainingConfig
+from restormer3d.distributed import average_gradients, is_first, part_of_batch
 from restormer3d.model import Restormer3D
 from restormer3d.objectives import blind_spot_loss, second_recording_loss, temporal_median_loss
 from restormer3d.patches import Patches, TrainingStack, random_patches
@@ -43,6 +45,8 @@ def fit(
     on_save: Callable[[list[dict[str, Any]], Restormer3D], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train a model on noisy stacks, in place.
+
+    Within :func:`restormer3d.distributed.joined_processes` every process computes its part of each batch.
 
     Parameters
     ----------
@@ -101,7 +105,7 @@ def fit(
                 "seconds": round(time.monotonic() - started, 3),
             }
         )
-        if state_file is not None and ((iteration + 1) % save_every == 0 or iteration + 1 == total):
+        if state_file is not None and is_first() and ((iteration + 1) % save_every == 0 or iteration + 1 == total):
             if on_save is not None:
                 on_save(history, average if config.ema_decay else model)
             _save(Path(state_file), config, model, average, optimizer, history)
@@ -137,18 +141,20 @@ def _iterate(
     loss = _loss(model, batch, config, iteration < config.warmup_iterations, generator)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    loss = average_gradients(model, loss)
     nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
     optimizer.step()
-    return loss.detach()
+    return loss
 
 
 def _loss(
     model: Restormer3D, batch: Patches, config: TrainingConfig, warmup: bool, generator: torch.Generator
 ) -> Tensor:
+    part = part_of_batch(config.batch_size)
     if warmup:
-        return temporal_median_loss(model, batch.noisy, batch.background, batch.median)
+        return temporal_median_loss(model, batch.noisy, batch.background, batch.median, part)
     if batch.second.numel():
-        return second_recording_loss(model, batch.noisy, batch.background, batch.second)
+        return second_recording_loss(model, batch.noisy, batch.background, batch.second, part)
     return blind_spot_loss(
         model,
         batch.noisy,
@@ -158,6 +164,7 @@ def _loss(
         extent=batch.blind_spot,
         loss=config.loss,
         generator=generator,
+        part=part,
     )
 
 
@@ -206,7 +213,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
 ) -> list[dict[str, Any]]:
     state = load_state(path)
-    if state["config"] != config.model_dump_json():
+    if not _same_settings(state["config"], config):
         raise CheckpointError(
             f"{path}: the state of a training with other settings. Give the same settings to resume it, "
             f"or remove the file to start anew. Its settings: {state['config']}"
@@ -215,3 +222,11 @@ def _resume(
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
     return list(state["history"])
+
+
+def _same_settings(saved: str, config: TrainingConfig) -> bool:
+    """Compare as settings, not as text: a state from before a setting existed has its default."""
+    try:
+        return TrainingConfig.model_validate_json(saved) == config
+    except ValidationError:
+        return False

@@ -81,6 +81,7 @@ def denoise(
     overlap: float | None = None,
     seed: int | None = None,
     blind_spot: str | None = None,
+    symmetries: int | None = None,
     device: str = "auto",
     time_limit: float | None = None,
     progress: Progress = _silent,
@@ -97,7 +98,7 @@ def denoise(
         The network, or one of the plain filters it has to beat.
     weights : path or "none", optional
         Where training starts; by default the weights in the package.
-    iterations, batch_size, patch, overlap, seed, blind_spot : optional
+    iterations, batch_size, patch, overlap, seed, blind_spot, symmetries : optional
         Replace the recipe's; see :func:`restormer3d.planning.settings`.
     device : {"auto", "cpu", "cuda", "mps"}
         Where to compute.
@@ -127,6 +128,7 @@ def denoise(
         overlap=overlap,
         seed=seed,
         blind_spot=blind_spot,
+        symmetries=symmetries,
     )
     if isinstance(stack, np.ndarray):
         return denoise_array(stack, chosen, method=method, device=device, time_limit=time_limit, progress=progress)

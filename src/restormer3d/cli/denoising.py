@@ -26,6 +26,7 @@ def denoise(
     overlap: float | None = None,
     seed: int | None = None,
     blind_spot: str | None = None,
+    symmetries: Literal[1, 4, 8] | None = None,
     sigma: Annotated[tuple[float, float] | None, Parameter(negative="")] = None,
     device: str = "auto",
     threads: int | None = None,
@@ -60,6 +61,8 @@ def denoise(
         Of patches, masks and initial weights: the same seed on one device gives the same result.
     blind_spot
         "auto" measures how far the noise is correlated; "point", or axes and odd widths such as x3 or x3y3.
+    symmetries
+        Windows averaged over so many flips (4) or flips and quarter turns (8); inference takes as many times longer.
     sigma
         Widths of the Gaussian filter in frames and pixels; by default chosen by held-out frames.
     device
@@ -95,6 +98,7 @@ def denoise(
             overlap=overlap,
             seed=seed,
             blind_spot=blind_spot,
+            symmetries=symmetries,
             sigma=sigma,
             config_file=config,
         )

@@ -171,16 +171,19 @@ def pretrain(
     threads: int | None = None,
     save_every: int = 500,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    tensorboard: Annotated[bool, Parameter(negative="")] = False,
     config: Path | None = None,
 ) -> int:
     """Train weights on many noisy stacks, recorded or simulated; never on a clean target.
+
+    Several processes share the batch under torchrun: `torchrun --nproc-per-node 2 -m restormer3d.cli pretrain ...`.
 
     Parameters
     ----------
     stacks
         Noisy TIFF files, or folders of them.
     output
-        Folder of the run: weights, history, and the state to resume from.
+        Folder of the run: the last weights and those of the best validation, history, and the state to resume from.
     simulate
         Number of different simulated scenes to train on as well, over a wide range of noise and magnification.
     recipe
@@ -188,7 +191,7 @@ def pretrain(
     iterations
         Noise2Void iterations.
     batch_size
-        Patches per iteration.
+        Patches per iteration, of all processes together.
     patch
         Frames, rows and columns of a patch.
     seed
@@ -203,10 +206,13 @@ def pretrain(
         Iterations between two savings, each with a validation.
     resume
         Go on with the run in the output folder: the result is that of an uninterrupted run.
+    tensorboard
+        Write losses and validations for TensorBoard, too, into the folder's "tensorboard".
     config
         TOML file with tables [model] and [training].
     """
     from restormer3d.checkpoint import load_weights
+    from restormer3d.distributed import is_first, joined_processes
     from restormer3d.planning import pretraining_settings, torch_device
     from restormer3d.pretraining import pretrain
 
@@ -215,7 +221,7 @@ def pretrain(
         model, training = pretraining_settings(
             recipe, iterations=iterations, batch_size=batch_size, patch=patch, seed=seed, config_file=config
         )
-        with progress_bars() as progress:
+        with joined_processes(torch_device(device)) as place, progress_bars() as progress:
             path = pretrain(
                 stacks or [],
                 output,
@@ -223,17 +229,19 @@ def pretrain(
                 model,
                 simulate=simulate,
                 weights=None if weights is None else load_weights(weights),
-                device=torch_device(device),
+                device=place,
                 resume=resume,
                 save_every=save_every,
-                progress=progress,
+                tensorboard=tensorboard,
+                progress=progress if is_first() else None,
             )
+            if is_first():
+                say(f"weights: {path}, and those of the best validation in best.safetensors beside it")
     except ValueError as error:
         return refuse(error)
     except (OSError, RuntimeError) as error:
         say(f"failed: {error}")
         return 1
-    say(f"weights: {path}")
     return 0
 
 
