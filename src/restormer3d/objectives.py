@@ -61,14 +61,53 @@ def blind_spot_loss(
     ----------
     Krull et al., "Noise2Void - Learning Denoising from Single Noisy Images", CVPR 2019.
     """
-    masked, chosen = blind_spot(noisy, masked_fraction, extent, generator)
+    inputs = hide(noisy, background, stack_frames, masked_fraction=masked_fraction, extent=extent, generator=generator)
+    return masked_loss(model, *inputs, loss=loss)
+
+
+def hide(
+    noisy: Tensor,
+    background: Tensor,
+    stack_frames: Tensor,
+    *,
+    masked_fraction: float,
+    extent: tuple[int, int, int],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw the masks of a step: what :func:`masked_loss` needs. Arguments as for :func:`blind_spot_loss`.
+
+    Returns
+    -------
+    masked : Tensor
+        The patches with replaced voxels, (B, 1, T, H, W).
+    background : Tensor
+        The temporal mean with the replacements' share instead of the masked voxels', (B, 1, 1, H, W).
+    noisy : Tensor
+        The patches as they came.
+    chosen : Tensor of bool
+        Voxels that count in the loss, (B, 1, T, H, W).
+    """
+    # Everywhere on CUDA: counting the hidden voxels would make the host wait for the GPU.
+    masked, chosen = blind_spot(noisy, masked_fraction, extent, generator, everywhere=noisy.is_cuda)
     share = (masked - noisy).sum(2, keepdim=True) / stack_frames.view(-1, 1, 1, 1, 1).to(noisy.dtype)
-    error = (model(masked, background + share) - noisy)[chosen]
-    return error.abs().mean() if loss == "l1" else error.square().mean()
+    return masked, background + share, noisy, chosen
+
+
+def masked_loss(
+    model: nn.Module, masked: Tensor, background: Tensor, noisy: Tensor, chosen: Tensor, *, loss: str
+) -> Tensor:
+    """Mean loss ("l1" or "mse") of the prediction on the chosen voxels, from what :func:`hide` returns."""
+    error = torch.where(chosen, model(masked, background) - noisy, 0.0)  # selecting them would need their number
+    return (error.abs() if loss == "l1" else error.square()).sum() / chosen.sum()
 
 
 def blind_spot(
-    noisy: Tensor, masked_fraction: float, extent: tuple[int, int, int], generator: torch.Generator
+    noisy: Tensor,
+    masked_fraction: float,
+    extent: tuple[int, int, int],
+    generator: torch.Generator,
+    *,
+    everywhere: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose voxels at random and replace them, and all within `extent` of them, by neighbors.
 
@@ -86,6 +125,9 @@ def blind_spot(
         Half-extent of the blind spot in frames, rows and columns; (0, 0, 0) masks single voxels.
     generator : torch.Generator
         On the CPU or on the patches' device.
+    everywhere : bool
+        Draw replacements for all voxels and use those of the hidden ones: more work, but no shape depends on the
+        draw, so that nothing has to be read back from a GPU. Other replacements, just as random.
 
     Returns
     -------
@@ -96,13 +138,14 @@ def blind_spot(
     """
     chosen = _choose(noisy, masked_fraction, extent, generator)
     hidden = _dilate(chosen, extent)
-    index = hidden.flatten().nonzero().squeeze(1)
+    flat = hidden.flatten()
+    index = torch.arange(flat.numel(), device=flat.device) if everywhere else flat.nonzero().squeeze(1)
     source = _visible_neighbors(index, hidden, extent, generator)
     visible_mean = (noisy * ~hidden).sum((1, 2, 3, 4)) / (~hidden).sum((1, 2, 3, 4)).clamp(min=1)
     fallback = visible_mean[index // noisy[0].numel()]
     values = torch.where(source >= 0, noisy.flatten()[source.clamp(min=0)], fallback)
-    masked = noisy.flatten().index_put((index,), values).view_as(noisy)
-    return masked, chosen
+    values = torch.where(flat[index], values, noisy.flatten()[index])
+    return noisy.flatten().index_put((index,), values).view_as(noisy), chosen
 
 
 def _choose(noisy: Tensor, fraction: float, extent: tuple[int, int, int], generator: torch.Generator) -> Tensor:

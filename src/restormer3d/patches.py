@@ -53,6 +53,13 @@ class Patches:
             blind_spot=self.blind_spot,
         )
 
+    def pin_memory(self) -> Patches:
+        """Copy the batch to memory from which a GPU fetches it while the host goes on."""
+        return Patches(
+            *(value.pin_memory() for value in (self.noisy, self.mean, self.median, self.stack_frames)),
+            blind_spot=self.blind_spot,
+        )
+
 
 def training_stack(stack: Any, blind_spot: tuple[int, int, int] = (0, 0, 0)) -> TrainingStack:
     """Estimate normalization, temporal median and temporal mean of a stack of shape (T, H, W)."""
