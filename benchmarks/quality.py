@@ -20,7 +20,7 @@ from cyclopts import App, Parameter
 from benchmarks.cells import ROOT, write_json
 from benchmarks.jobs import Options, cell_file, real_job, rows, scene_jobs, without_folders
 from benchmarks.pictures import draw_level
-from benchmarks.tables import markdown, row_label
+from benchmarks.tables import markdown, put_between, row_label
 
 BEGIN = "<!-- quality table: begin (written by benchmarks.quality --write; edit nothing here by hand) -->"
 END = "<!-- quality table: end -->"
@@ -181,11 +181,7 @@ def _write(document: Path, table: str, results: dict[str, Any], files: list[Path
         draw_level(drawn, target, level)
         pictures.append(f"![All methods on one scene at level {level}]({target.name})")
     write_json(document.with_suffix(".json"), results)
-    text = document.read_text() if document.exists() else f"{BEGIN}\n{END}\n"
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{document}: expected the lines {BEGIN!r} and {END!r}, between which the table goes")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    document.write_text("\n\n".join([before + BEGIN, table, *pictures, END + after]))
+    put_between(document, BEGIN, END, table, *pictures)
 
 
 def _quick(folder: Path) -> int:

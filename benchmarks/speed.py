@@ -1,7 +1,7 @@
 """The speed table: `python -m benchmarks.speed` times the package beside stock PyTorch, alternating in one process.
 
-Stock is the same network written with `torch.nn` modules, contiguous and in channels_last_3d; the better of the two
-counts. Machines differ and are shared, so ratios within one run are what to look at.
+Stock is the same network written with `torch.nn` modules: contiguous, in channels_last_3d, and under torch.compile
+where that works; the best of them counts. Machines differ and are shared: ratios within one run are what to look at.
 """
 
 from __future__ import annotations
@@ -10,32 +10,38 @@ import json
 import math
 import multiprocessing
 import platform
-import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tifffile
 import torch
-from cyclopts import App
+from cyclopts import App, Parameter
 from torch import Tensor, nn
 
+from benchmarks.jobs import without_folders
 from benchmarks.memory import peak_resident_bytes
+from benchmarks.speed_operators import ceilings, depthwise, operators
+from benchmarks.speed_table import BEGIN, END, report
 from benchmarks.stock import stock_copy
-from restormer3d import ops
+from benchmarks.tables import put_between
+from benchmarks.timing import alternate
+from restormer3d.arithmetic import float32_products
 from restormer3d.config import ModelConfig
+from restormer3d.cuda_graph import GraphedStep
 from restormer3d.model import Restormer3D
 
 app = App(name="python -m benchmarks.speed", help_format="plaintext")
 
 _SMALL = ModelConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2), last_level_channels=8)
 _PATCH = (16, 64, 64)
-_MEMORY_ROWS = (
-    ("saved_bytes_per_voxel", "saved for the backward pass, kB per voxel", 1e3),
-    ("peak_bytes", "peak memory of a training step of batch 4, GB", 1e9),
-)
+_COMPILED = "stock, compiled"
+_QUICK_NOTE = "**A check that the benchmark runs, with a tiny network: the numbers mean nothing.**"
 
 
 @app.default
@@ -43,13 +49,14 @@ def speed(
     *,
     device: str = "cpu",
     repeats: int = 5,
-    quick: bool = False,
-    compiled: bool = False,
-    job: bool = False,
-    json_file: Path | None = None,
-    markdown: Path | None = None,
+    quick: Annotated[bool, Parameter(negative="")] = False,
+    compiled: bool | None = None,
+    job: bool = True,
+    job_minutes: float | None = None,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    write: Path | None = None,
 ) -> None:
-    """Time training, inference and operators, ours and stock.
+    """Time training, inference, operators and a whole job, ours and stock.
 
     Parameters
     ----------
@@ -60,23 +67,27 @@ def speed(
     quick
         A tiny network and one round, to see that the benchmark works.
     compiled
-        Also time the stock network under torch.compile, which takes minutes to compile.
+        Time the stock network under torch.compile too, which takes minutes to compile. By default unless --quick.
     job
-        Also time `restormer3d.denoise` on a simulated [500, 128, 128] int16 stack.
+        Time `restormer3d denoise` on a simulated [500, 128, 128] int16 stack.
+    job_minutes
+        Time limit of that job, for slow machines; by default it runs the whole recipe.
     json_file
         Where to write all timings.
-    markdown
-        Where to write the table.
+    write
+        Markdown file whose table is replaced.
     """
-    result = measure(torch.device(device), 1 if quick else repeats, quick=quick, compiled=compiled)
+    compiled = not quick if compiled is None else compiled
+    with float32_products("fp32"):
+        result = measure(torch.device(device), 1 if quick else repeats, quick=quick, compiled=compiled)
     if job:
-        result["job"] = time_job(device, quick=quick)
+        result["job"] = time_job(device, job_minutes, quick=quick)
     table = report(result)
-    print(table)
+    print(f"{_QUICK_NOTE}\n\n{table}" if quick else table)
     if json_file:
-        json_file.write_text(json.dumps(result, indent=1))
-    if markdown:
-        markdown.write_text(table)
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+    if write:
+        put_between(write, BEGIN, END, table)
 
 
 def measure(device: torch.device, repeats: int, *, quick: bool, compiled: bool) -> dict[str, Any]:
@@ -84,40 +95,54 @@ def measure(device: torch.device, repeats: int, *, quick: bool, compiled: bool) 
     config = _SMALL if quick else ModelConfig()
     patch = (8, 16, 16) if quick else _PATCH
     torch.manual_seed(0)
-    variants = build_variants(config, device, compiled=compiled)
+    skipped: dict[str, str] = {}
+    variants = build_variants(config, device)
+    if compiled:
+        variants |= compiled_variant(variants["ours"], config, torch.zeros(1, 1, *patch, device=device), skipped)
+    limits = ceilings(device, quick=quick)
+    plain = {name: model for name, model in variants.items() if name != _COMPILED}
+    x = torch.randn(1, 1, *patch, device=device)
     result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.speed {without_folders(sys.argv[1:])}".strip(),
         "machine": describe_machine(device),
+        "repeats": repeats,
         "parameters": sum(p.numel() for p in variants["ours"].parameters()),
         "agreement": agreement(variants, patch, device),
+        "skipped": skipped,
+        "saved_bytes_per_voxel": {name: saved_bytes(model, x) / x.numel() for name, model in plain.items()},
         "training": {},
-        "ceilings": ceilings(device, quick=quick),
+        "ceilings": limits,
+        "depthwise": depthwise(device, repeats, quick=quick),
+        "operators": operators(device, repeats, limits, quick=quick),
     }
     for batch in (1, 4):
         x = torch.randn(batch, 1, *patch, device=device)
-        steps = {name: training_step(model, x) for name, model in variants.items()}
+        steps = {name: training_step(model, x, recorded=name == "ours") for name, model in variants.items()}
         result["training"][x.numel()] = alternate(steps, repeats, device)
     x = torch.randn(2, 1, *patch, device=device)
-    passes = {name: inference_pass(model, x) for name, model in variants.items()}
+    passes = {name: partial(infer, model, x) for name, model in variants.items()}
     result["inference"] = {"voxels": x.numel(), "seconds": alternate(passes, repeats, device)}
-    x = torch.randn(1, 1, *patch, device=device)
-    result["saved_bytes_per_voxel"] = {name: saved_bytes(model, x) / x.numel() for name, model in variants.items()}
-    result["operators"] = operators(device, repeats, quick=quick)
-    if device.type == "cpu":
-        names = [name for name in variants if name != "stock, compiled"]
-        result["peak_bytes"] = {name: in_new_process(peak_memory, name, config, patch) for name in names}
+    result["peak_bytes"] = {name: in_new_process(peak_memory, name, config, patch, str(device)) for name in plain}
     return result
 
 
-def build_variants(config: ModelConfig, device: torch.device, *, compiled: bool) -> dict[str, nn.Module]:
+def build_variants(config: ModelConfig, device: torch.device) -> dict[str, nn.Module]:
     """Return the networks to compare, with equal parameters."""
     ours = Restormer3D(config).to(device)
     stock = stock_copy(ours, config).to(device)
     last = stock_copy(ours, config).to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    variants: dict[str, nn.Module] = {"ours": ours, "stock": stock, "stock, channels_last_3d": ChannelsLast(last)}
-    if compiled:
-        variants["stock, compiled"] = torch.compile(stock_copy(ours, config).to(device))  # type: ignore[assignment]
-    return variants
+    return {"ours": ours, "stock": stock, "stock, channels_last_3d": ChannelsLast(last)}
+
+
+def compiled_variant(ours: nn.Module, config: ModelConfig, x: Tensor, skipped: dict[str, str]) -> dict[str, nn.Module]:
+    """Return the stock network under torch.compile; nothing, and why in `skipped`, where that does not work."""
+    model: Any = torch.compile(stock_copy(ours, config).to(x.device), dynamic=False)
+    try:
+        model(x).sum().backward()
+    except Exception as error:  # whatever a compiler may raise: no compiler, no Python headers, an internal error
+        skipped[_COMPILED] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return {}
+    return {_COMPILED: model}
 
 
 class ChannelsLast(nn.Module):
@@ -132,47 +157,26 @@ class ChannelsLast(nn.Module):
         return self.inner(x.to(memory_format=torch.channels_last_3d))
 
 
-def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Return a full step: forward, L1 loss, backward, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+def training_step(model: nn.Module, x: Tensor, *, recorded: bool = False) -> Callable[[], object]:
+    """Return a full step: forward, L1 loss, backward, AdamW; on CUDA as a graph if `recorded`, as `fit` does it."""
+    recorded = recorded and x.is_cuda
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, capturable=recorded)
     target = torch.zeros_like(x)
 
-    def step() -> None:
+    def step(_: Any, x: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.l1_loss(model(x), target).backward()
+        loss = torch.nn.functional.l1_loss(model(x), target)
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
-    return step
-
-
-def inference_pass(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Return a forward pass without gradients."""
-
-    def run() -> None:
-        with torch.no_grad():
-            model(x)
-
-    return run
+    return partial(GraphedStep(step) if recorded else step, None, x)
 
 
-def alternate(variants: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds of every repeat; each round runs every variant once, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 1):
-        for name, run in variants.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what was launched."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+@torch.no_grad()
+def infer(model: nn.Module, x: Tensor) -> None:
+    """Run a forward pass without gradients."""
+    model(x)
 
 
 def agreement(variants: dict[str, nn.Module], patch: tuple[int, ...], device: torch.device) -> float:
@@ -208,103 +212,56 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def ceilings(device: torch.device, *, quick: bool) -> dict[str, float]:
-    """Return the machine's copy bandwidth (bytes read and written) and matrix product rate, each per second."""
-    size = 2**20 if quick else 2**24
-    a, b = torch.zeros(size, device=device), torch.ones(size, device=device)
-    m = torch.ones(1024, 1024, device=device)
-    copies, products = (
-        alternate({"x": run}, 9, device)["x"] for run in (lambda: a.copy_(b), lambda: torch.mm(m, m))
-    )  # fmt: skip
-    return {"copy_bytes_per_s": 8 * size / min(copies), "flop_per_s": 2 * 1024**3 / min(products)}
-
-
-def operators(device: torch.device, repeats: int, *, quick: bool) -> list[dict[str, Any]]:
-    """Time operators alone: forward, and forward with backward, by the engine of the device and by the reference."""
-    levels = [(32, (16, 64, 64)), (64, (8, 32, 32)), (128, (4, 16, 16)), (256, (2, 8, 8))]
-    if quick:
-        levels = [(8, (2, 8, 8))]
-    cases = [(name, *level) for level in levels for name in ("mdta", "gdfn")]
-    cases.append(("depthwise_conv3d", 4 * levels[0][0], levels[0][1]))
-    return [time_operator(*case, device, repeats) for case in cases]
-
-
-def time_operator(
-    name: str, channels: int, size: tuple[int, ...], device: torch.device, repeats: int
-) -> dict[str, Any]:  # fmt: skip
-    """Return one operator's seconds, and those of copying its input once."""
-    x = torch.randn(1, channels, *size, device=device, requires_grad=True)
-    weights = [w.to(device).requires_grad_() for w in operator_weights(name, channels)]
-    grad, target = torch.randn_like(x), torch.empty_like(x)
-    function = getattr(ops, name)
-
-    def forward(engine: str | None) -> Callable[[], None]:
-        def run() -> None:
-            with torch.no_grad(), ops.use_engine(engine):
-                function(x, *weights)
-
-        return run
-
-    def both(engine: str | None) -> Callable[[], None]:
-        def run() -> None:
-            with ops.use_engine(engine):
-                torch.autograd.grad(function(x, *weights), [x, *weights], grad)
-
-        return run
-
-    def copy() -> None:
-        target.copy_(x.detach())
-
-    runs = {"ours forward": forward(None), "reference forward": forward("reference"), "copy": copy}
-    runs |= {"ours both": both(None), "reference both": both("reference")}
-    return {"operator": name, "shape": list(x.shape), "seconds": alternate(runs, repeats, device)}
-
-
-def operator_weights(name: str, channels: int) -> list[Tensor]:
-    """Return random weights of the right shapes."""
-    if name == "depthwise_conv3d":
-        return [torch.randn(channels, 1, 3, 3, 3)]
-    wide = 3 * channels if name == "mdta" else 4 * channels
-    first = [torch.ones(channels), torch.randn(wide, channels, 1, 1, 1) / channels**0.5, torch.randn(wide, 1, 3, 3, 3)]
-    if name == "mdta":
-        return [
-            *first,
-            torch.ones(max(1, channels // 32), 1, 1),
-            torch.randn(channels, channels, 1, 1, 1) / channels**0.5,
-        ]
-    return [*first, torch.randn(channels, 2 * channels, 1, 1, 1) / channels**0.5]
-
-
 def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
     """Run a function where nothing has used memory yet."""
     with multiprocessing.get_context("spawn").Pool(1) as workers:
         return workers.apply(function, arguments)
 
 
-def peak_memory(name: str, config: ModelConfig, patch: tuple[int, ...]) -> float:
-    """Return by how many bytes two training steps of batch 4 raise the process's peak memory."""
-    model = build_variants(config, torch.device("cpu"), compiled=False)[name]
-    x = torch.randn(4, 1, *patch)
-    with torch.no_grad():
-        model(x[:1, :, :8, :8, :8])
-    before = peak_resident_bytes()
+def peak_memory(name: str, config: ModelConfig, patch: tuple[int, ...], device: str) -> float:
+    """Return by how many bytes two training steps of batch 4 raise the peak memory of the process, or of the GPU."""
+    model = build_variants(config, torch.device(device))[name]
+    x = torch.randn(4, 1, *patch, device=device)
+    on_gpu = x.is_cuda
+    training_step(model, x[:1, :, :8, :8, :8])()  # what is loaded and compiled once is not the step's
+    before = torch.cuda.memory_allocated() if on_gpu else peak_resident_bytes()
     step = training_step(model, x)
     step()
     step()
-    return peak_resident_bytes() - before
+    return (torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()) - before
 
 
-def time_job(device: str, *, quick: bool) -> dict[str, Any]:
-    """Return the seconds of denoising one simulated stack by the default recipe."""
-    from restormer3d.workflow import denoise
+def time_job(device: str, minutes: float | None, *, quick: bool) -> dict[str, Any]:
+    """Denoise one simulated stack by the default recipe, TIFF to TIFF, and say what was done in which time."""
+    from restormer3d.planning import settings
+    from restormer3d.workflow import denoise_files
 
     shape = (16, 16, 16) if quick else (500, 128, 128)
     rng = np.random.default_rng(0)
     signal = 200 + 100 * np.sin(np.linspace(0, 20, shape[0]))[:, None, None] * np.ones(shape)
-    stack = (rng.poisson(signal / 20) * 20).astype(np.int16)
-    start = time.perf_counter()
-    denoise(stack, device=device, iterations=1 if quick else None)
-    return {"shape": list(shape), "seconds": time.perf_counter() - start}
+    chosen = settings(iterations=1 if quick else None)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "noisy.tif"), Path(folder, "denoised.tif")
+        tifffile.imwrite(source, (rng.poisson(signal / 20) * 20).astype(np.int16))
+        start = time.perf_counter()
+        failures = denoise_files([source], target, chosen, device=device, time_limit=minutes)
+        seconds = time.perf_counter() - start
+        if failures:
+            raise RuntimeError(f"the whole job failed: {failures[source]}") from failures[source]
+        record = json.loads(target.with_name("denoised.tif.json").read_text())
+    done = {"shape": list(shape), "limit": minutes, "seconds": seconds, "method": record["method"]}
+    if record["method"] != "restormer3d":
+        return done
+    training, inference = record["settings"]["training"], record["settings"]["inference"]
+    return done | {
+        "iterations": training["warmup_iterations"] + training["iterations"],
+        "recipe_iterations": chosen.training.warmup_iterations + chosen.training.iterations,
+        "overlap_t": inference["overlap_t"],
+        "overlap_xy": inference["overlap_xy"],
+        "engine": record["engine"],
+        "device": record["device"],
+        "losses": record["losses"],
+    }
 
 
 def describe_machine(device: torch.device) -> str:
@@ -315,52 +272,6 @@ def describe_machine(device: torch.device) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, {versions}"
-
-
-def report(result: dict[str, Any]) -> str:
-    """Return the Markdown page."""
-    lines = ["# Speed", "", f"`{result['command']}` on {result['machine']}.", ""]
-    lines += [
-        f"The published network, {result['parameters']:,} parameters, float32. Gradients of ours and of stock differ "
-        f"by {result['agreement']:.0e}. Seconds are medians with (fastest to slowest) of alternating runs in one "
-        "process; the last column compares ours with the better stock layout.",
-        "",
-    ]
-    names = list(result["inference"]["seconds"])
-    lines += ["| | " + " | ".join(names) + " | ratio |", "|---" * (len(names) + 2) + "|"]
-    for voxels, seconds in result["training"].items():
-        lines.append(_row(f"training step, {int(voxels):,} voxels, s", seconds))
-    voxels, seconds = result["inference"]["voxels"], result["inference"]["seconds"]
-    lines.append(_row(f"inference, {voxels:,} voxels, s", seconds))
-    rates = [f"{voxels / statistics.median(s) / 1e3:,.0f}" for s in seconds.values()]
-    lines.append("| inference, thousand voxels/s | " + " | ".join(rates) + " | |")
-    for key, label, unit in _MEMORY_ROWS:
-        if key in result:
-            cells = [f"{result[key][name] / unit:.1f}" if name in result[key] else "" for name in names]
-            lines.append(f"| {label} | " + " | ".join(cells) + " | |")
-    copy, flop = result["ceilings"]["copy_bytes_per_s"], result["ceilings"]["flop_per_s"]
-    lines += ["", f"Operators alone, ms. The machine copies {copy / 1e9:.0f} GB/s (read and written together) and"]
-    lines += [f"multiplies matrices at {flop / 1e9:.0f} GFLOP/s.", ""]
-    lines += ["| operator | input | copying the input | forward | reference | forward + backward | reference |"]
-    lines += ["|---" * 7 + "|"]
-    for row in result["operators"]:
-        order = ("copy", "ours forward", "reference forward", "ours both", "reference both")
-        cells = [f"{1e3 * statistics.median(row['seconds'][key]):.2f}" for key in order]
-        lines.append(f"| {row['operator']} | {row['shape']} | " + " | ".join(cells) + " |")
-    if "job" in result:
-        j = result["job"]
-        lines += [
-            "",
-            f"Default recipe on [{j['frames']}, {j['rows']}, {j['columns']}]: {j['seconds'] / 60:.1f} minutes.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _row(label: str, seconds: dict[str, list[float]]) -> str:
-    cells = [f"{statistics.median(s):.3f} ({min(s):.3f} to {max(s):.3f})" for s in seconds.values()]
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    ratio = min(value for name, value in medians.items() if name != "ours") / medians["ours"]
-    return f"| {label} | " + " | ".join(cells) + f" | {ratio:.1f}x |"
 
 
 if __name__ == "__main__":

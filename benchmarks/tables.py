@@ -7,6 +7,7 @@ scene, and rows of a network say in a word whether they win or lose.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -263,3 +264,12 @@ def _maybe(value: float | None, form: str) -> str:
 
 def _all(values: Any) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def put_between(document: Path, begin: str, end: str, *parts: str) -> None:
+    """Replace what stands between two lines of a Markdown file; what is around them stays."""
+    text = document.read_text() if document.exists() else f"{begin}\n{end}\n"
+    if begin not in text or end not in text:
+        raise ValueError(f"{document}: expected the lines {begin!r} and {end!r}, between which the table goes")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    document.write_text("\n\n".join([before + begin, *parts, end + after]))

@@ -1,4 +1,4 @@
-"""The quality benchmark: complete, resumable, and plain about who wins."""
+"""The quality benchmark: complete, resumable, plain about who wins. The speed table: complete and rewritable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import jobs, quality
+import torch
+from benchmarks import jobs, quality, speed, speed_table
 from benchmarks.cells import truth_score
 from benchmarks.tables import markdown
 
@@ -127,3 +128,64 @@ def test_pictures_need_no_roi():
     drawn = picture(clean, clean)
     assert drawn["traces"].shape == (3, 6)
     assert (drawn["frame"] == drawn["clean_frame"]).all()
+
+
+@pytest.fixture(scope="module")
+def speeds():
+    """A tiny measurement, in which torch.compile fails for want of a compiler."""
+
+    def no_compiler(*_, **__):
+        def fail(_):
+            raise RuntimeError("no C++ compiler\nand a long story")
+
+        return fail
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compile", no_compiler)
+        patch.setattr(speed, "in_new_process", lambda function, *arguments: 2e6)
+        return speed.measure(torch.device("cpu"), 2, quick=True, compiled=True)
+
+
+def test_the_speed_table_has_every_row_and_says_what_was_left_out(speeds):
+    done = {"iterations": 7, "recipe_iterations": 800, "overlap_t": 0.25, "overlap_xy": 0.0}
+    job = {"shape": [500, 128, 128], "limit": 3.0, "seconds": 170.0, "method": "restormer3d", "engine": "cpu"}
+    table = speed_table.report(speeds | {"job": job | done | {"device": "cpu"}})
+    for row in ("training step, 2,048 voxels", "training step, 8,192 voxels", "inference, thousand voxels/s"):
+        assert row in table
+    for row in ("saved for the backward pass", "peak memory", "input gradient", "weight gradient", "mdta", "gdfn"):
+        assert row in table
+    assert "Left out: stock, compiled: no C++ compiler\n" in table
+    assert "under --time-limit 3: 2.8 minutes, 7 of 800 iterations, overlap 0.25 in time and 0 in the plane" in table
+    assert speeds["agreement"] < 1e-4
+    filtered = {"shape": [500, 128, 128], "limit": 0.1, "seconds": 3.0, "method": "gaussian"}
+    assert "no network in that time" in speed_table.report(speeds | {"job": filtered})
+
+
+def test_the_ratio_compares_with_the_best_of_stock():
+    assert speed_table._ratio({"ours": [2.0, 1.0, 3.0], "stock": [9.0], "stock, channels_last_3d": [5.0]}) == "2.5x"
+
+
+def test_a_new_speed_table_leaves_the_prose(tmp_path):
+    page = tmp_path / "speed.md"
+    page.write_text((quality.ROOT / "docs/speed.md").read_text())
+    speed.put_between(page, speed_table.BEGIN, speed_table.END, "new table")
+    text = page.read_text()
+    assert "new table" in text
+    assert "training step" not in text.split(speed_table.END)[0]
+    assert "## Precision and engine" in text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="between which the table goes"):
+        speed.put_between(page, speed_table.BEGIN, speed_table.END, "new table")
+
+
+def test_the_peak_memory_of_a_step_is_that_of_the_step():
+    """Keeping 0.4 kB per voxel and some tensors of work: a few ten MB for a quarter of a million voxels."""
+    config = speed._SMALL
+    peak = speed.in_new_process(speed.peak_memory, "ours", config, (16, 64, 64), "cpu")
+    assert 3e7 < peak < 1e9
+
+
+def test_the_whole_job_says_what_it_did():
+    done = speed.time_job("cpu", None, quick=True)
+    assert (done["iterations"], done["overlap_t"], done["overlap_xy"]) == (1, 0.5, 0.5)
+    assert done["seconds"] > 0

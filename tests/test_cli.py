@@ -58,6 +58,9 @@ def test_help_does_not_import_torch():
         (["denoise", "a.tif", "-o", "x", "--weights", "absent.safetensors"], "absent.safetensors"),
         (["denoise", "a.tif", "-o", "x", "--time-limit", "0"], "time-limit"),
         (["denoise", "a.tif", "-o", "x", "--blind-spot", "z3"], "z3"),
+        (["denoise", "a.tif", "-o", "x", "--precision", "fp16"], "precision"),
+        (["denoise", "a.tif", "-o", "x", "--device", "cpu", "--precision", "bf16"], "--engine reference"),
+        (["denoise", "a.tif", "-o", "x", "--engine", "abacus"], "engine"),
         (["denoise", "a/x.tif", "b/x.tif", "-o", "x"], "same file name"),
         (["denoise", "a.tif", "b.tif", "-o", "x.tif"], "one file"),
     ],
@@ -83,6 +86,25 @@ def test_denoise_writes_a_drop_in_and_a_sidecar(noisy_file, noisy_stack, quick, 
     assert sidecar["weights"] is None
     assert {"torch", "numpy", "restormer3d"} <= set(sidecar["versions"])
     assert sorted(p.name for p in output.parent.iterdir()) == ["denoised.tif", "denoised.tif.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "engine", "precision", "said"),
+    [
+        ([], "cpu", "fp32", "cpu operators, fp32"),
+        (["--engine", "reference"], "reference", "fp32", "reference operators"),
+        (["--precision", "tf32"], "cpu", "fp32", "TF32 is a mode of NVIDIA GPUs"),
+        (["--precision", "bf16", "--engine", "reference"], "reference", "bf16", "bf16"),
+    ],
+)
+def test_engine_and_precision_are_said_and_kept(
+    noisy_file, quick, tmp_path, capsys, monkeypatch, options, engine, precision, said
+):
+    monkeypatch.delenv("RESTORMER3D_ENGINE", raising=False)
+    assert run("denoise", noisy_file, "-o", tmp_path / "out.tif", *options, *quick) == 0
+    record = json.loads((tmp_path / "out.tif.json").read_text())
+    assert (record["engine"], record["precision"]) == (engine, precision)
+    assert said in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_file(noisy_file, quick, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from restormer3d.objectives import blind_spot, blind_spot_loss, temporal_median_loss
+from restormer3d.objectives import blind_spot, blind_spot_loss, masked_loss, temporal_median_loss
 
 STACK_FRAMES = 40.0
 
@@ -16,19 +16,19 @@ def generator() -> torch.Generator:
 
 
 @pytest.mark.parametrize("fraction", [0.015, 0.2])
-def test_the_asked_share_of_voxels_is_masked_and_nothing_else_changes(generator, fraction):
+def test_the_asked_share_of_voxels_is_masked_and_nothing_else_changes(generator, fraction, everywhere):
     noisy = torch.rand(3, 1, 10, 12, 14)
-    masked, chosen = blind_spot(noisy, fraction, (0, 0, 0), generator)
+    masked, chosen = blind_spot(noisy, fraction, (0, 0, 0), generator, everywhere=everywhere)
     per_patch = chosen.flatten(1).sum(1)
     assert (per_patch == round(fraction * 10 * 12 * 14)).all()
     assert torch.equal(masked[~chosen], noisy[~chosen])
     assert (masked[chosen] != noisy[chosen]).all()
 
 
-def test_a_replacement_is_a_visible_neighbor_within_radius_one(generator):
+def test_a_replacement_is_a_visible_neighbor_within_radius_one(generator, everywhere):
     places = torch.arange(8 * 8 * 8, dtype=torch.float32).view(1, 1, 8, 8, 8)
     for _ in range(50):
-        masked, chosen = blind_spot(places, 0.02, (0, 0, 0), generator)
+        masked, chosen = blind_spot(places, 0.02, (0, 0, 0), generator, everywhere=everywhere)
         for target in chosen.flatten().nonzero().flatten().tolist():
             source = int(masked.flatten()[target])
             distance = [abs(target // s % 8 - source // s % 8) for s in (64, 8, 1)]
@@ -36,10 +36,16 @@ def test_a_replacement_is_a_visible_neighbor_within_radius_one(generator):
             assert not chosen.flatten()[source]
 
 
+@pytest.fixture(params=[False, True], ids=["hidden", "everywhere"])
+def everywhere(request) -> bool:
+    """Both ways to draw replacements; the second is the one of CUDA."""
+    return request.param
+
+
 @pytest.mark.parametrize("extent", [(0, 0, 1), (1, 1, 1)])
-def test_an_extended_blind_spot_hides_the_neighbors_too(generator, extent):
+def test_an_extended_blind_spot_hides_the_neighbors_too(generator, extent, everywhere):
     noisy = torch.rand(1, 1, 12, 20, 20)
-    masked, chosen = blind_spot(noisy, 0.1, extent, generator)
+    masked, chosen = blind_spot(noisy, 0.1, extent, generator, everywhere=everywhere)
     changed = masked != noisy
     for t, y, x in chosen[0, 0].nonzero().tolist():
         box = changed[0, 0][tuple(slice(max(0, p - r), p + r + 1) for p, r in zip((t, y, x), extent, strict=True))]
@@ -48,11 +54,11 @@ def test_an_extended_blind_spot_hides_the_neighbors_too(generator, extent):
 
 
 @pytest.mark.parametrize("extent", [(0, 0, 0), (0, 0, 1), (1, 1, 1)])
-def test_no_masked_voxel_reaches_the_prediction(tiny_model, generator, extent):
+def test_no_masked_voxel_reaches_the_prediction(tiny_model, generator, extent, everywhere):
     noisy = torch.rand(2, 1, 12, 13, 17).requires_grad_()
     # The temporal mean contains the noisy voxels, as that of a real stack does.
     background = torch.rand(2, 1, 1, 13, 17) + noisy.sum(2, keepdim=True) / STACK_FRAMES
-    masked, chosen = blind_spot(noisy, 0.1, extent, generator)
+    masked, chosen = blind_spot(noisy, 0.1, extent, generator, everywhere=everywhere)
     share = (masked - noisy).sum(2, keepdim=True) / STACK_FRAMES
     predicted = tiny_model(masked, background + share)[chosen].sum()
     (gradient,) = torch.autograd.grad(predicted, noisy)
@@ -105,8 +111,26 @@ def test_the_warm_up_compares_with_the_median():
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 9), (9, 1, 9), (2, 2, 2)])
-def test_thin_patches_are_masked_too(generator, shape):
+def test_thin_patches_are_masked_too(generator, shape, everywhere):
     noisy = torch.rand(1, 1, *shape)
-    masked, chosen = blind_spot(noisy, 0.1, (0, 0, 0), generator)
+    masked, chosen = blind_spot(noisy, 0.1, (0, 0, 0), generator, everywhere=everywhere)
     assert chosen.any()
     assert (masked[chosen] != noisy[chosen]).all()
+
+
+def test_the_shapes_of_a_step_do_not_depend_on_the_draw(generator):
+    """What a CUDA graph needs, and what reading nothing back needs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = set()
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    noisy, background = torch.rand(2, 1, 8, 9, 10), torch.rand(2, 1, 1, 9, 10)
+    with Note():
+        masked, chosen = blind_spot(noisy, 0.05, (0, 0, 1), generator, everywhere=True)
+        masked_loss(lambda x, _: x, masked, background, noisy, chosen, loss="mse")
+    assert not called & {"nonzero", "_local_scalar_dense", "masked_select", "item"}

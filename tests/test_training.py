@@ -10,7 +10,7 @@ from restormer3d.checkpoint import CheckpointError
 from restormer3d.config import ModelConfig, TrainingConfig
 from restormer3d.model import Restormer3D
 from restormer3d.patches import random_patches, training_stack
-from restormer3d.training import DivergenceError, fit, learning_rate
+from restormer3d.training import DivergenceError, _drawn_ahead, _read_losses, fit, learning_rate
 
 from .conftest import TINY
 
@@ -140,3 +140,31 @@ def test_stacks_may_come_from_a_function_of_the_iteration(noisy_stack, quick_tra
 
     fit(fresh_model(), stacks, quick_training)
     assert asked == list(range(8))
+
+
+def test_patches_drawn_ahead_are_those_drawn_in_time(noisy_stack, quick_training):
+    """As for a GPU: a thread draws the next patches while a step runs."""
+    asked = []
+
+    def draw(iteration):
+        asked.append(iteration)
+        return random_patches(
+            [training_stack(noisy_stack)], (8, 8, 8), 1, np.random.default_rng([0, iteration])
+        ), iteration
+
+    for number, (batch, seed) in enumerate(_drawn_ahead(draw, range(3, 7)), start=3):
+        assert seed == number
+        assert torch.equal(batch.noisy, draw(number)[0].noisy)
+    assert set(asked) == {3, 4, 5, 6}
+    assert list(_drawn_ahead(draw, range(5, 5))) == []
+
+
+def test_losses_read_late_are_those_of_their_iterations():
+    history = [{"iteration": 1, "loss": 0.5}, {"iteration": 2, "loss": None}, {"iteration": 3, "loss": None}]
+    unread = [torch.tensor(0.25), torch.tensor(0.125)]
+    _read_losses(history, unread)
+    assert [entry["loss"] for entry in history] == [0.5, 0.25, 0.125]
+    assert unread == []
+    history.append({"iteration": 4, "loss": None})
+    with pytest.raises(DivergenceError, match="iteration 4"):
+        _read_losses(history, [torch.tensor(float("nan"))])

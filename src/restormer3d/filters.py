@@ -8,9 +8,9 @@ temporal mean, which keeps the edges of the static image sharp. All filters are 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,7 +90,7 @@ def filter_bank(
     light = base - zero
     light = light.clamp(min=0).add(0.02 * light.abs().mean((2, 3, 4), keepdim=True) + _EPS)
     spatial = [_smooth(averages, sigma) for sigma in sigmas_xy]
-    widths = {sigma: average for sigma, average in zip(sigmas_xy, spatial, strict=True)}
+    widths = dict(zip(sigmas_xy, spatial, strict=True))
     relative = [
         light / _smooth(light, sigma) * (widths[sigma] if sigma in widths else _smooth(averages, sigma))
         for sigma in sigmas_relative
@@ -163,9 +163,8 @@ def shrunk_details(mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]
         The image with each detail multiplied by the share of its local energy that is not noise (a local Wiener
         filter); the details (B, scales, 1, H, W); the standard deviation of their noise, of the same shape.
     """
-    h, w = mean.shape[3:]
     smooth = [mean, *(_smooth(mean, sigma) for sigma in _DETAIL_SIGMAS)]
-    details = torch.cat([fine - coarse for fine, coarse in zip(smooth, smooth[1:], strict=False)], 1)
+    details = torch.cat([fine - coarse for fine, coarse in pairwise(smooth)], 1)
     expected = noise * torch.tensor(_detail_noise(), device=mean.device, dtype=mean.dtype).view(1, -1, 1, 1, 1)
     energy = torch.cat(
         [_smooth(details[:, k : k + 1].square(), 2 * sigma) for k, sigma in enumerate(_DETAIL_SIGMAS)], 1
@@ -203,4 +202,4 @@ def _detail_noise() -> tuple[float, ...]:
     impulse = torch.zeros(1, 1, 1, size, size, dtype=torch.float64)
     impulse[..., size // 2, size // 2] = 1
     smooth = [impulse, *(_smooth(impulse, sigma) for sigma in _DETAIL_SIGMAS)]
-    return tuple(float((a - b).square().sum()) for a, b in zip(smooth, smooth[1:], strict=False))
+    return tuple(float((a - b).square().sum()) for a, b in pairwise(smooth))

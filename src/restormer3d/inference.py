@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from restormer3d.arithmetic import Precision, autocast, float32_products
 from restormer3d.config import InferenceConfig
 from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
@@ -28,6 +29,7 @@ def denoise_frames(
     config: InferenceConfig,
     *,
     device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Denoise a stack window by window and yield its frames in order.
@@ -46,6 +48,8 @@ def denoise_frames(
         Window, overlaps, batch size, symmetries.
     device : str or torch.device
         Where to compute. Beside the model it holds two window depths of frames.
+    precision : {"fp32", "tf32", "bf16"}
+        Of the network's arithmetic; windows are blended in float32.
     progress : function, optional
         Called after every pass with ("denoise", windows done, windows in all).
 
@@ -72,11 +76,12 @@ def denoise_frames(
     blended = torch.zeros(depth, height, width, device=device)
     weight = torch.zeros(depth, device=device)
     model.eval()
+    arriving: Callable[[], np.ndarray] | None = None
     for position, start in enumerate(starts):
-        noisy = torch.from_numpy(_read_mirrored(stack, start, depth, normalization)).to(device)
+        noisy = _to_device(_read_mirrored(stack, start, depth, normalization), blended.device)
         for first in range(0, len(crops), config.batch_size):
             batch = crops[first : first + config.batch_size]
-            _blend(model, noisy, image, batch, hann[:, None, None] * plane, blended, config.symmetries)
+            _blend(model, noisy, image, batch, hann[:, None, None] * plane, blended, config.symmetries, precision)
             if progress is not None:
                 progress("denoise", position * len(crops) + first + len(batch), len(starts) * len(crops))
         weight += hann
@@ -84,9 +89,14 @@ def denoise_frames(
         done = min(following - start, depth)
         finished = blended[:done] / (weight[:done, None, None] * plane_sum)
         kept = slice(max(0, -start), max(0, min(done, frames - start)))
-        yield from normalization.invert(finished[kept].cpu().numpy()).astype(np.float32)
+        # Frames leave one position late, so that a GPU computes the next while they are on their way.
+        if arriving is not None:
+            yield from normalization.invert(arriving()).astype(np.float32)
+        arriving = _to_host(finished[kept])
         _shift(blended, done)
         _shift(weight, done)
+    if arriving is not None:
+        yield from normalization.invert(arriving()).astype(np.float32)
 
 
 def count_windows(shape: tuple[int, int, int], config: InferenceConfig) -> int:
@@ -122,6 +132,26 @@ def _read_mirrored(stack: Any, start: int, depth: int, normalization: Normalizat
     return normalization.apply(stack[first : int(indices.max()) + 1])[indices - first]
 
 
+def _to_device(frames: np.ndarray, device: torch.device) -> Tensor:
+    values = torch.from_numpy(frames)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def _to_host(frames: Tensor) -> Callable[[], np.ndarray]:
+    """Start copying frames to the host; the returned function waits for them."""
+    if not frames.is_cuda:
+        return lambda: frames.cpu().numpy()
+    arriving = frames.to("cpu", non_blocking=True)  # to pinned memory
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(frames.device))
+
+    def wait() -> np.ndarray:
+        arrived.synchronize()
+        return arriving.numpy()
+
+    return wait
+
+
 @torch.inference_mode()
 def _blend(
     model: nn.Module,
@@ -131,11 +161,13 @@ def _blend(
     weight: Tensor,
     blended: Tensor,
     symmetries: int,
+    precision: Precision,
 ) -> None:
     """Denoise the windows at `crops` in one pass and add them, weighted, to `blended` (depth, H, W)."""
     windows = torch.stack([noisy[:, y, x] for y, x in crops]).unsqueeze(1)
     images = torch.stack([background[:, y, x] for y, x in crops]).unsqueeze(2)
-    denoised = _over_symmetries(model, windows, images, symmetries).squeeze(1)
+    with float32_products(precision), autocast(windows.device, precision):
+        denoised = _over_symmetries(model, windows, images, symmetries).squeeze(1).float()
     for (y, x), frames in zip(crops, denoised, strict=True):
         blended[:, y, x] += frames * weight
 

@@ -49,7 +49,9 @@ def fit_mixture(model: Restormer3D, pairs: Iterable[Patches]) -> None:
         raise ValueError("a mixture is fitted to pairs of recordings, and there are none")
     size = products.diagonal()
     ridge = _RIDGE * torch.diag(size + 1e-3 * size.mean())
-    model.filter_weights.copy_(torch.linalg.solve(products + ridge, targets).view_as(model.filter_weights))
+    weights = model.filter_weights
+    assert isinstance(weights, Tensor)
+    weights.copy_(torch.linalg.solve(products + ridge, targets).view_as(weights))
 
 
 def _equations(model: Restormer3D, batch: Patches) -> Iterable[tuple[Tensor, Tensor]]:

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from restormer3d.filters import noise_variance
 
 _CANDIDATES = 8  # neighbors tried for each masked voxel before its patch mean is taken
-_WHOLE = slice(None)
 
 
-def temporal_median_loss(
-    model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor, part: slice = _WHOLE
-) -> Tensor:
+def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor) -> Tensor:
     """L1 distance of the denoised patches from their stacks' temporal median, broadcast over frames.
 
     Parameters
@@ -31,10 +28,8 @@ def temporal_median_loss(
         What is known of the whole stacks at these pixels, (B, 3, 1, H, W); see `patches.TrainingStack`.
     median : Tensor
         Temporal median of the whole stacks, (B, 1, 1, H, W).
-    part : slice
-        The patches to compute; other processes compute the others.
     """
-    return (model(noisy[part], background[part]) - median[part]).abs().mean()
+    return (model(noisy, background) - median).abs().mean()
 
 
 def blind_spot_loss(
@@ -47,7 +42,6 @@ def blind_spot_loss(
     extent: tuple[int, int, int],
     loss: str,
     generator: torch.Generator,
-    part: slice = _WHOLE,
 ) -> Tensor:
     """Noise2Void loss: predict the chosen voxels from patches in which they are replaced.
 
@@ -66,25 +60,55 @@ def blind_spot_loss(
         See :func:`blind_spot`.
     loss : {"l1", "mse", "noise"}
         Loss on the chosen voxels; "noise" is the mean squared error in units of the local noise variance.
-    part : slice
-        The patches to compute. Masks are drawn for all, so that they do not depend on how a batch is shared out.
 
     References
     ----------
     Krull et al., "Noise2Void - Learning Denoising from Single Noisy Images", CVPR 2019.
     """
-    masked, chosen = blind_spot(noisy, masked_fraction, extent, generator)
+    inputs = hide(noisy, background, stack_frames, masked_fraction=masked_fraction, extent=extent, generator=generator)
+    return masked_loss(model, *inputs, loss=loss)
+
+
+def hide(
+    noisy: Tensor,
+    background: Tensor,
+    stack_frames: Tensor,
+    *,
+    masked_fraction: float,
+    extent: tuple[int, int, int],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw the masks of a step: what :func:`masked_loss` needs. Arguments as for :func:`blind_spot_loss`.
+
+    Returns
+    -------
+    masked : Tensor
+        The patches with replaced voxels, (B, 1, T, H, W).
+    background : Tensor
+        The temporal mean with the replacements' share instead of the masked voxels', (B, 3, 1, H, W).
+    noisy : Tensor
+        The patches as they came.
+    chosen : Tensor of bool
+        Voxels that count in the loss, (B, 1, T, H, W).
+    """
+    # Everywhere on CUDA: counting the hidden voxels would make the host wait for the GPU.
+    masked, chosen = blind_spot(noisy, masked_fraction, extent, generator, everywhere=noisy.is_cuda)
     share = (masked - noisy).sum(2, keepdim=True) / stack_frames.view(-1, 1, 1, 1, 1).to(noisy.dtype)
     background = torch.cat([background[:, :1] + share, background[:, 1:]], 1)
-    error = (model(masked[part], background[part]) - noisy[part])[chosen[part]]
-    if loss == "noise":
-        return (error.square() / noise_variance(masked[part]).expand_as(noisy[part])[chosen[part]]).mean()
-    return error.abs().mean() if loss == "l1" else error.square().mean()
+    return masked, background, noisy, chosen
 
 
-def second_recording_loss(
-    model: nn.Module, noisy: Tensor, background: Tensor, second: Tensor, part: slice = _WHOLE
+def masked_loss(
+    model: nn.Module, masked: Tensor, background: Tensor, noisy: Tensor, chosen: Tensor, *, loss: str
 ) -> Tensor:
+    """Mean loss ("l1", "mse" or "noise") of the prediction on the chosen voxels, from what :func:`hide` returns."""
+    error = torch.where(chosen, model(masked, background) - noisy, 0.0)  # selecting them would need their number
+    if loss == "noise":
+        error = error * noise_variance(masked).rsqrt()
+    return (error.abs() if loss == "l1" else error.square()).sum() / chosen.sum()
+
+
+def second_recording_loss(model: nn.Module, noisy: Tensor, background: Tensor, second: Tensor) -> Tensor:
     """Noise2Noise loss: predict one noisy recording of a scene from another.
 
     Every voxel counts, and none has to be hidden, for the noise of the two is independent. Only simulated scenes can
@@ -98,19 +122,22 @@ def second_recording_loss(
         Patches of the two recordings, (B, 1, T, H, W), in one normalization.
     background : Tensor
         Of the first recording, (B, 3, 1, H, W).
-    part : slice
-        The patches to compute; other processes compute the others.
 
     References
     ----------
     Lehtinen et al., "Noise2Noise: Learning Image Restoration without Clean Data", ICML 2018.
     """
-    error = model(noisy[part], background[part]) - second[part]
-    return (error.square() / noise_variance(noisy[part])).mean()
+    error = model(noisy, background) - second
+    return (error.square() / noise_variance(noisy)).mean()
 
 
 def blind_spot(
-    noisy: Tensor, masked_fraction: float, extent: tuple[int, int, int], generator: torch.Generator
+    noisy: Tensor,
+    masked_fraction: float,
+    extent: tuple[int, int, int],
+    generator: torch.Generator,
+    *,
+    everywhere: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose voxels at random and replace them, and all within `extent` of them, by neighbors.
 
@@ -128,6 +155,9 @@ def blind_spot(
         Half-extent of the blind spot in frames, rows and columns; (0, 0, 0) masks single voxels.
     generator : torch.Generator
         On the CPU or on the patches' device.
+    everywhere : bool
+        Draw replacements for all voxels and use those of the hidden ones: more work, but no shape depends on the
+        draw, so that nothing has to be read back from a GPU. Other replacements, just as random.
 
     Returns
     -------
@@ -138,13 +168,14 @@ def blind_spot(
     """
     chosen = _choose(noisy, masked_fraction, extent, generator)
     hidden = _dilate(chosen, extent)
-    index = hidden.flatten().nonzero().squeeze(1)
+    flat = hidden.flatten()
+    index = torch.arange(flat.numel(), device=flat.device) if everywhere else flat.nonzero().squeeze(1)
     source = _visible_neighbors(index, hidden, extent, generator)
     visible_mean = (noisy * ~hidden).sum((1, 2, 3, 4)) / (~hidden).sum((1, 2, 3, 4)).clamp(min=1)
     fallback = visible_mean[index // noisy[0].numel()]
     values = torch.where(source >= 0, noisy.flatten()[source.clamp(min=0)], fallback)
-    masked = noisy.flatten().index_put((index,), values).view_as(noisy)
-    return masked, chosen
+    values = torch.where(flat[index], values, noisy.flatten()[index])
+    return noisy.flatten().index_put((index,), values).view_as(noisy), chosen
 
 
 def _choose(noisy: Tensor, fraction: float, extent: tuple[int, int, int], generator: torch.Generator) -> Tensor:

@@ -90,6 +90,16 @@ class Patches:
             blind_spot=self.blind_spot,
         )
 
+    def pin_memory(self) -> Patches:
+        """Copy the batch to memory from which a GPU fetches it while the host goes on."""
+        return Patches(
+            *(
+                value.pin_memory()
+                for value in (self.noisy, self.background, self.median, self.stack_frames, self.second)
+            ),
+            blind_spot=self.blind_spot,
+        )
+
 
 def training_stack(
     stack: Any, blind_spot: tuple[int, int, int] = (0, 0, 0), *, zero: float = 0.0, second: Any = None

@@ -16,6 +16,7 @@ import psutil
 import torch
 from pydantic import ValidationError
 
+from restormer3d.arithmetic import Engine, Precision, autocast, float32_products, usable
 from restormer3d.checkpoint import load_weights, shipped_weights
 from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingConfig, recipe
 from restormer3d.inference import count_windows
@@ -27,6 +28,7 @@ Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
 
 # Overlaps in time and in the plane, from the recipe's down to none: what --time-limit may choose from.
 _OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
+_GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 
 
@@ -48,6 +50,10 @@ class Settings:
         Where training starts; None trains from scratch.
     sigma : tuple of float or None
         Widths of the Gaussian filter in frames and pixels, should that be the method; None chooses them.
+    precision : {"fp32", "tf32", "bf16"}
+        Of the network's arithmetic.
+    engine : {"auto", "reference", "cpu", "cuda"}
+        What computes the slow operators; "auto" takes the one of the device.
     """
 
     recipe: Recipe
@@ -56,6 +62,8 @@ class Settings:
     inference: InferenceConfig
     weights: Path | None
     sigma: tuple[float, float] | None = None
+    precision: Precision = "fp32"
+    engine: Engine = "auto"
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ def settings(
     blind_spot: str | None = None,
     symmetries: int | None = None,
     sigma: tuple[float, float] | None = None,
+    precision: Precision = "fp32",
+    engine: Engine = "auto",
     config_file: str | Path | None = None,
 ) -> Settings:
     """Settings of a denoising: the recipe, then the configuration file, then single arguments.
@@ -112,6 +122,8 @@ def settings(
         Replaces the recipe's.
     sigma : tuple of float, optional
         Widths of the Gaussian filter in frames and pixels.
+    precision, engine
+        See :class:`Settings`.
     config_file : path, optional
         TOML with tables [model], [training], [inference].
 
@@ -145,7 +157,7 @@ def settings(
         model = _changed(model, file.get("model", {}))
         if training.iterations == 0:
             raise ValueError("no weights and no iterations would leave the network untrained: give one of the two")
-    return Settings(recipe_name, model, training, _changed(inference, windows), source, sigma)
+    return Settings(recipe_name, model, training, _changed(inference, windows), source, sigma, precision, engine)
 
 
 def pretraining_settings(
@@ -200,9 +212,6 @@ def torch_device(name: str) -> torch.device:
     ValueError
         If the name is unknown or the device is not on this machine.
     """
-    # fp32 means fp32: without these, recent GPUs multiply in TF32 (10 bits of mantissa).
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
@@ -232,27 +241,46 @@ def build_model(chosen: Settings) -> Restormer3D:
 def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, device: torch.device) -> Calibration:
     """Time a training iteration and an inference pass of the real sizes, on a copy of the model.
 
-    Each runs once to compile and allocate, and once for the clock.
+    Each runs before, to compile and allocate, and once for the clock.
     """
     trial = copy.deepcopy(model)
+    precision = usable(chosen.engine, chosen.precision, device)[1]
     marks: list[float] = []
     if chosen.training.iterations:
-        two = chosen.training.model_copy(update={"iterations": 2, "warmup_iterations": 0})
-        fit(trial, [source], two, device=device, progress=lambda *_: marks.append(time.monotonic()))
+        few = {"iterations": _GRAPH_ITERATIONS if device.type == "cuda" else 2, "warmup_iterations": 0}
+        training = chosen.training.model_copy(update=few)
+        fit(
+            trial,
+            [source],
+            training,
+            device=device,
+            precision=precision,
+            progress=lambda *_: marks.append(_now(device)),
+        )
     window = [min(pair) for pair in zip(chosen.inference.window, source.stack.shape, strict=True)]
-    per_window = _seconds_per_window(trial.to(device), window, chosen.inference.batch_size, device)
-    return Calibration(marks[1] - marks[0] if marks else 0.0, per_window)
+    per_window = _seconds_per_window(trial.to(device), window, chosen.inference.batch_size, device, precision)
+    return Calibration(marks[-1] - marks[-2] if marks else 0.0, per_window)
+
+
+def _now(device: torch.device) -> float:
+    """Read the clock once everything that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 @torch.inference_mode()
-def _seconds_per_window(model: Restormer3D, window: list[int], batch_size: int, device: torch.device) -> float:
+def _seconds_per_window(
+    model: Restormer3D, window: list[int], batch_size: int, device: torch.device, precision: Precision
+) -> float:
     noisy = torch.rand(batch_size, 1, *window, device=device)
     mean = noisy.mean(2, keepdim=True)
     background = torch.cat([mean, torch.full_like(mean, 1 / window[0]), torch.zeros_like(mean)], 1)
     started = 0.0
     for _ in range(2):
         started = time.monotonic()
-        model(noisy, background).sum().item()  # .item() waits for the device
+        with float32_products(precision), autocast(device, precision):
+            model(noisy, background).sum().item()  # .item() waits for the device
     return (time.monotonic() - started) / batch_size
 
 

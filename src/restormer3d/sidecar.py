@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from restormer3d.arithmetic import Precision
 from restormer3d.checkpoint import file_sha256
+from restormer3d.patches import TrainingStack
 from restormer3d.planning import Settings
 from restormer3d.stacks import StackCheck, TiffStack
+
+_LOSS_POINTS = 200  # entries of the loss curve
 
 
 def sidecar(
@@ -53,6 +60,40 @@ def sidecar(
         "total_seconds": seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def network_record(
+    chosen: Settings,
+    source: TrainingStack,
+    history: list[dict[str, Any]],
+    *,
+    weights: dict[str, Any] | None,
+    device: torch.device,
+    engine: str,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Say what the network was, where and how it computed, and how its training went.
+
+    `precision` is the one that was used: where there is no TF32, asking for it gives "fp32".
+    """
+    return {
+        "method": "restormer3d",
+        "settings": {
+            "recipe": chosen.recipe,
+            "model": chosen.model.model_dump(),
+            "training": chosen.training.model_dump(),
+            "inference": chosen.inference.model_dump(),
+        },
+        "weights": weights,
+        "seed": chosen.training.seed,
+        "device": str(device),
+        "engine": engine,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "normalization": asdict(source.normalization),
+        "blind_spot": source.blind_spot,
+        "losses": history[:: max(1, len(history) // _LOSS_POINTS)],
     }
 
 

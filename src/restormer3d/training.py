@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from restormer3d.arithmetic import Precision, autocast, float32_products
 from restormer3d.checkpoint import CheckpointError, load_state, save_state
 from restormer3d.config import TrainingConfig
+from restormer3d.cuda_graph import GraphedStep
 from restormer3d.distributed import average_gradients, is_first, part_of_batch
 from restormer3d.model import Restormer3D
-from restormer3d.objectives import blind_spot_loss, second_recording_loss, temporal_median_loss
+from restormer3d.objectives import hide, masked_loss, second_recording_loss, temporal_median_loss
 from restormer3d.patches import Patches, TrainingStack, random_patches
 
 StackSource = Sequence[TrainingStack] | Callable[[int], Sequence[TrainingStack]]
 Progress = Callable[[str, int, int], None]
+
+_LOSSES_AT_ONCE = 20  # read from a GPU together: every reading makes the host wait for all that was launched
+
+# Made once: a recorded step is known by its objective.
+_MASKED_LOSSES = {name: partial(masked_loss, loss=name) for name in ("l1", "mse", "noise")}
 
 
 class DivergenceError(RuntimeError):
@@ -39,6 +49,7 @@ def fit(
     config: TrainingConfig,
     *,
     device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
     progress: Progress | None = None,
     state_file: str | Path | None = None,
     save_every: int = 500,
@@ -57,7 +68,9 @@ def fit(
     config : TrainingConfig
         Iterations, patches, optimiser.
     device : str or torch.device
-        Where to compute.
+        Where to compute. On CUDA the step runs as a graph and patches are drawn while it runs.
+    precision : {"fp32", "tf32", "bf16"}
+        Of the network's arithmetic; the weights stay float32.
     progress : function, optional
         Called after every iteration with ("train", iterations done, iterations in all).
     state_file : path, optional
@@ -76,39 +89,39 @@ def fit(
     Raises
     ------
     DivergenceError
-        If the loss is not finite.
+        If the loss is not finite; on CUDA a few iterations late.
     CheckpointError
         If `state_file` belongs to another training.
     """
-    device = torch.device(device)
+    device, state = torch.device(device), None if state_file is None else Path(state_file)
     model.to(device).train()
     total = config.warmup_iterations + config.iterations
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = _optimizer(model, config, device)
     average = copy.deepcopy(model).requires_grad_(False)
     history: list[dict[str, Any]] = []
-    if state_file is not None and Path(state_file).exists():
-        history = _resume(Path(state_file), config, model, average, optimizer)
+    if state is not None and state.exists():
+        history = _resume(state, config, model, average, optimizer)
+    step = partial(_step, model, optimizer, config, device, precision)
+    take_step = GraphedStep(step) if device.type == "cuda" else step
+    unread: list[Tensor] = []
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
-    for iteration in range(len(history), total):
-        rate = learning_rate(config, iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _iterate(model, stacks, config, iteration, optimizer, device)
+    first = len(history)
+    for iteration, drawn in enumerate(_batches(stacks, config, range(first, total), device), start=first):
+        rate = _set_learning_rate(optimizer, config, iteration)
+        unread.append(take_step(*_objective(drawn, config, iteration, device)))
         _update_average(average, model, config.ema_decay, iteration)
         stage = "warmup" if iteration < config.warmup_iterations else "noise2void"
+        seconds = round(time.monotonic() - started, 3)
         history.append(
-            {
-                "iteration": iteration + 1,
-                "stage": stage,
-                "loss": _finite(loss, iteration),
-                "learning_rate": rate,
-                "seconds": round(time.monotonic() - started, 3),
-            }
+            {"iteration": iteration + 1, "stage": stage, "loss": None, "learning_rate": rate, "seconds": seconds}
         )
-        if state_file is not None and is_first() and ((iteration + 1) % save_every == 0 or iteration + 1 == total):
+        saving = (iteration + 1) % save_every == 0 or iteration + 1 == total
+        if device.type != "cuda" or saving or len(unread) == _LOSSES_AT_ONCE:
+            _read_losses(history, unread)
+        if state is not None and saving and is_first():
             if on_save is not None:
                 on_save(history, average if config.ema_decay else model)
-            _save(Path(state_file), config, model, average, optimizer, history)
+            _save(state, config, model, average, optimizer, history)
         if progress is not None:
             progress("train", iteration + 1, total)
     if config.ema_decay and total:
@@ -125,66 +138,119 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
     return floor + (config.learning_rate - floor) * fall
 
 
-def _iterate(
-    model: Restormer3D,
-    stacks: StackSource,
-    config: TrainingConfig,
-    iteration: int,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-) -> Tensor:
-    """Draw a batch, compute its loss, take one step."""
-    rng = np.random.default_rng([config.seed, iteration])
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    sources = stacks(iteration) if callable(stacks) else stacks
-    batch = random_patches(sources, config.patch, config.batch_size, rng).to(device)
-    loss = _loss(model, batch, config, iteration < config.warmup_iterations, generator)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    loss = average_gradients(model, loss)
-    nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-    optimizer.step()
-    return loss
+def _optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; on CUDA in the form that a graph can record, with its learning rate on the device."""
+    graphed = device.type == "cuda"
+    rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, capturable=graphed)
 
 
-def _loss(
-    model: Restormer3D, batch: Patches, config: TrainingConfig, warmup: bool, generator: torch.Generator
-) -> Tensor:
+def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, iteration: int) -> float:
+    rate = learning_rate(config, iteration)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return rate
+
+
+def _batches(
+    stacks: StackSource, config: TrainingConfig, iterations: range, device: torch.device
+) -> Iterator[tuple[Patches, int]]:
+    """Yield every iteration's patches and the seed of its masks; for a GPU the next ones are drawn meanwhile."""
+
+    def draw(iteration: int) -> tuple[Patches, int]:
+        rng = np.random.default_rng([config.seed, iteration])
+        mask_seed = int(rng.integers(2**62))
+        sources = stacks(iteration) if callable(stacks) else stacks
+        batch = random_patches(sources, config.patch, config.batch_size, rng)
+        return (batch.pin_memory() if device.type == "cuda" else batch), mask_seed
+
+    if device.type != "cuda":
+        yield from map(draw, iterations)
+    else:
+        yield from _drawn_ahead(draw, iterations)
+
+
+def _drawn_ahead(draw: Callable[[int], tuple[Patches, int]], iterations: range) -> Iterator[tuple[Patches, int]]:
+    with ThreadPoolExecutor(1, "patches") as worker:
+        coming = deque(worker.submit(draw, iteration) for iteration in iterations[:1])
+        for iteration in iterations:
+            if iteration + 1 in iterations:
+                coming.append(worker.submit(draw, iteration + 1))
+            yield coming.popleft().result()
+
+
+def _objective(
+    drawn: tuple[Patches, int], config: TrainingConfig, iteration: int, device: torch.device
+) -> tuple[Any, ...]:
+    """Return what an iteration learns, a function of the model and tensors, and these tensors on the device."""
+    batch, mask_seed = drawn[0].to(device), drawn[1]
     part = part_of_batch(config.batch_size)
-    if warmup:
-        return temporal_median_loss(model, batch.noisy, batch.background, batch.median, part)
+    if iteration < config.warmup_iterations:
+        return (temporal_median_loss, batch.noisy[part], batch.background[part], batch.median[part])
     if batch.second.numel():
-        return second_recording_loss(model, batch.noisy, batch.background, batch.second, part)
-    return blind_spot_loss(
-        model,
+        return (second_recording_loss, batch.noisy[part], batch.background[part], batch.second[part])
+    generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(mask_seed)
+    inputs = hide(
         batch.noisy,
         batch.background,
         batch.stack_frames,
         masked_fraction=config.masked_fraction,
         extent=batch.blind_spot,
-        loss=config.loss,
         generator=generator,
-        part=part,
     )
+    # Masks are drawn for the whole batch, so that they do not depend on how it is shared out.
+    return (_MASKED_LOSSES[config.loss], *(value[part] for value in inputs))
 
 
-def _finite(loss: Tensor, iteration: int) -> float:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise DivergenceError(
-            f"the training loss became {value} at iteration {iteration + 1}: the training diverged. "
-            "Try a lower learning rate (learning_rate under [training] in --config FILE.toml), "
-            "another --seed, or --weights none if the weights do not suit this stack"
-        )
-    return value
+def _step(
+    model: Restormer3D,
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig,
+    device: torch.device,
+    precision: Precision,
+    objective: Callable[..., Tensor],
+    *inputs: Tensor,
+) -> Tensor:
+    """Take one step of the optimizer and return the loss; nothing here waits for a GPU."""
+    optimizer.zero_grad(set_to_none=True)
+    with float32_products(precision):
+        with autocast(device, precision):
+            loss = objective(model, *inputs)
+        loss.backward()
+        loss = average_gradients(model, loss)
+        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        optimizer.step()
+    return loss.detach()
+
+
+def _read_losses(history: list[dict[str, Any]], unread: list[Tensor]) -> None:
+    """Fill in the losses of the last iterations.
+
+    Raises
+    ------
+    DivergenceError
+        If one is not finite.
+    """
+    for entry, value in zip(history[len(history) - len(unread) :], torch.stack(unread).tolist(), strict=True):
+        if not math.isfinite(value):
+            raise DivergenceError(
+                f"the training loss became {value} at iteration {entry['iteration']}: the training diverged. "
+                "Try a lower learning rate (learning_rate under [training] in --config FILE.toml), "
+                "another --seed, or --weights none if the weights do not suit this stack"
+            )
+        entry["loss"] = value
+    unread.clear()
 
 
 @torch.no_grad()
 def _update_average(average: nn.Module, model: nn.Module, decay: float, iteration: int) -> None:
     """Move the running average of the weights; early on it follows faster, so that it forgets the first weights."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
-    for target, source in zip(average.parameters(), model.parameters(), strict=True):
-        target.lerp_(source, 1 - decay)
+    # All in one launch on a GPU, where two hundred small ones take as long as the step.
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)  # pyright: ignore
 
 
 def _save(
@@ -220,6 +286,8 @@ def _resume(
         )
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
+    for kept, now in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        kept |= {"capturable": now["capturable"], "lr": now["lr"]}  # they depend on the device, not on the training
     optimizer.load_state_dict(state["optimizer"])
     return list(state["history"])
 

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from restormer3d import ops
+from restormer3d.arithmetic import Engine, Precision, forced_engine, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.checkpoint import save_weights
 from restormer3d.config import Recipe
@@ -34,7 +34,7 @@ from restormer3d.planning import (
     torch_device,
     training_plan,
 )
-from restormer3d.sidecar import sidecar, weights_record
+from restormer3d.sidecar import network_record, sidecar, weights_record
 from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, to_dtype, write_stack
 from restormer3d.training import fit
 
@@ -43,7 +43,6 @@ Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
-_LOSS_POINTS = 200  # entries of the loss curve in the sidecar
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,8 @@ def denoise(
     blind_spot: str | None = None,
     symmetries: int | None = None,
     device: str = "auto",
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
     time_limit: float | None = None,
     progress: Progress = _silent,
 ) -> np.ndarray:
@@ -102,6 +103,10 @@ def denoise(
         Replace the recipe's; see :func:`restormer3d.planning.settings`.
     device : {"auto", "cpu", "cuda", "mps"}
         Where to compute.
+    engine : {"auto", "reference", "cpu", "cuda"}
+        What computes the slow operators; by default the one of the device. See :mod:`restormer3d.ops`.
+    precision : {"fp32", "tf32", "bf16"}
+        Of the network's arithmetic. "tf32" changes nothing but on NVIDIA GPUs, "bf16" is not for the CPU engine.
     time_limit : float, optional
         Minutes; iterations and overlap are reduced so that the work ends in time.
     progress : function, optional
@@ -129,6 +134,8 @@ def denoise(
         seed=seed,
         blind_spot=blind_spot,
         symmetries=symmetries,
+        precision=precision,
+        engine=engine,
     )
     if isinstance(stack, np.ndarray):
         return denoise_array(stack, chosen, method=method, device=device, time_limit=time_limit, progress=progress)
@@ -151,10 +158,11 @@ def denoise_array(
     """Denoise a stack of shape (T, H, W) to an array; as :func:`denoise`, with settings put together before."""
     check_stack(stack)
     seconds = None if time_limit is None else 60 * time_limit
-    result = _denoised(stack, chosen, method, torch_device(device), seconds, progress, say)
     output = np.empty(stack.shape, stack.dtype)
-    for t, frame in enumerate(result.frames):
-        output[t] = to_dtype(frame, stack.dtype)[0]
+    with forced_engine(chosen.engine):  # frames are computed as they are asked for
+        result = _denoised(stack, chosen, method, torch_device(device), seconds, progress, say)
+        for t, frame in enumerate(result.frames):
+            output[t] = to_dtype(frame, stack.dtype)[0]
     return output
 
 
@@ -256,7 +264,7 @@ def _denoise_file(
 ) -> None:
     """Denoise one file: check everything first, compute, write, leave the sidecar."""
     started = time.monotonic()
-    with open_stack(source) as stack:
+    with open_stack(source) as stack, forced_engine(chosen.engine):
         check_output(target, stack.shape, stack.dtype, source=source, overwrite=overwrite)
         say(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
         check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]))
@@ -287,6 +295,9 @@ def _denoised(
     if method != "restormer3d":
         return _filtered(stack, chosen, method, progress, say)
     started = time.monotonic()
+    engine, precision = usable(chosen.engine, chosen.precision, device)
+    if precision != chosen.precision:
+        say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
     source, noise = _source(stack, chosen, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
     calibration = calibrate(model, source, chosen, device)
@@ -300,36 +311,26 @@ def _denoised(
             filtered = _filtered(stack, chosen, "gaussian", progress, say)
             return replace(filtered, record=filtered.record | {"instead_of_the_network": note})
     expected, memory = estimate(chosen, stack.shape, calibration, device)
-    engine = ops.engine_for(device)
     say(
-        f"about {_duration(expected)} and {memory / 1e9:.1f} GB on {device} ({_compute(device, engine)}): "
+        f"about {_duration(expected)} and {memory / 1e9:.1f} GB on {device} ({_compute(device, engine, precision)}): "
         f"{training_plan(chosen)}"
     )
     prepared = time.monotonic()
-    history = fit(model, [source], chosen.training, device=device, progress=progress)
-    record = {
-        "method": "restormer3d",
-        "settings": {
-            "recipe": chosen.recipe,
-            "model": chosen.model.model_dump(),
-            "training": chosen.training.model_dump(),
-            "inference": chosen.inference.model_dump(),
-        },
-        "weights": pretrained.weights if pretrained else weights_record(chosen),
-        "seed": chosen.training.seed,
-        "device": str(device),
-        "engine": engine,
-        "threads": torch.get_num_threads(),
-        "normalization": asdict(source.normalization),
-        "noise": noise,
-        "blind_spot": source.blind_spot,
-        "losses": history[:: max(1, len(history) // _LOSS_POINTS)],
-        "seconds": {"prepare": prepared - started, "train": time.monotonic() - prepared},
-    }
+    history = fit(model, [source], chosen.training, device=device, precision=precision, progress=progress)
+    weights = pretrained.weights if pretrained else weights_record(chosen)
+    record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
+    seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
     frames = denoise_frames(
-        model, stack, source.normalization, source.background, chosen.inference, device=device, progress=progress
+        model,
+        stack,
+        source.normalization,
+        source.background,
+        chosen.inference,
+        device=device,
+        precision=precision,
+        progress=progress,
     )
-    return Denoised(frames, record, model)
+    return Denoised(frames, record | {"noise": noise, "seconds": seconds_spent}, model)
 
 
 def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict[str, Any]]:
@@ -385,9 +386,9 @@ def _described(stack: TiffStack) -> str:
     return f"{frames} frames of {height} x {width}, {stack.dtype}, {stack.nbytes / 1e6:.0f} MB"
 
 
-def _compute(device: torch.device, engine: str) -> str:
+def _compute(device: torch.device, engine: str, precision: Precision) -> str:
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
-    return f"{threads}{engine} operators"
+    return f"{threads}{engine} operators, {precision}"
 
 
 def _duration(seconds: float) -> str:

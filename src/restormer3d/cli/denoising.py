@@ -29,6 +29,8 @@ def denoise(
     symmetries: Literal[1, 4, 8] | None = None,
     sigma: Annotated[tuple[float, float] | None, Parameter(negative="")] = None,
     device: str = "auto",
+    engine: Literal["auto", "reference", "cpu", "cuda"] = "auto",
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
     threads: int | None = None,
     time_limit: float | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
@@ -67,6 +69,11 @@ def denoise(
         Widths of the Gaussian filter in frames and pixels; by default chosen by held-out frames.
     device
         auto, cpu, cuda or mps.
+    engine
+        What computes the slow operators: by default the one made for the device; "reference" is plain PyTorch.
+    precision
+        Of the network's arithmetic. "tf32" (NVIDIA GPUs, else it changes nothing) and "bf16" (not with the CPU engine)
+        are faster; how much quality they cost has not been measured.
     threads
         CPU threads; by default all cores.
     time_limit
@@ -79,11 +86,12 @@ def denoise(
         TOML file with tables [model], [training], [inference].
     """
     try:
+        from restormer3d.arithmetic import usable
         from restormer3d.planning import settings, torch_device
         from restormer3d.workflow import denoise_files, output_files
 
         set_threads(threads)
-        torch_device(device)
+        on = torch_device(device)
         output_files(stacks, output)
         if save_weights is not None and len(stacks) > 1:
             raise ValueError("--save-weights keeps the weights of one stack: give one stack")
@@ -100,8 +108,11 @@ def denoise(
             blind_spot=blind_spot,
             symmetries=symmetries,
             sigma=sigma,
+            precision=precision,
+            engine=engine,
             config_file=config,
         )
+        usable(engine, precision, on)
     except ValueError as error:
         return refuse(error)
     with progress_bars() as progress:

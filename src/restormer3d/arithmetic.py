@@ -1,0 +1,75 @@
+"""How the network computes: by which engine, and how exactly.
+
+Float32; TF32 products on NVIDIA GPUs; or bfloat16 by autocast over float32 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+import torch
+
+from restormer3d import ops
+
+Engine = Literal["auto", "reference", "cpu", "cuda"]
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def forced_engine(engine: Engine) -> AbstractContextManager[None]:
+    """Return the context in which the chosen engine computes; "auto" leaves the choice to what is around it."""
+    return nullcontext() if engine == "auto" else ops.use_engine(engine)
+
+
+def usable(engine: Engine, precision: Precision, device: torch.device) -> tuple[str, Precision]:
+    """Return the engine and the precision that a device will compute with.
+
+    TF32 allows products to be less exact; where there is none, float32 satisfies that.
+
+    Parameters
+    ----------
+    engine : {"auto", "reference", "cpu", "cuda"}
+        What was asked to compute the slow operators.
+    precision : {"fp32", "tf32", "bf16"}
+        What was asked of the arithmetic.
+    device : torch.device
+        Where the network runs.
+
+    Raises
+    ------
+    ValueError
+        If they do not go together; the message says what does.
+    """
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise ValueError(f"precision {precision!r} is unknown: expected fp32, tf32 or bf16")
+    with forced_engine(engine):
+        name = ops.engine_for(device)
+    if precision == "bf16" and name == "cpu":
+        raise ValueError(
+            "precision 'bf16' is not for the CPU engine, whose kernels take float32 only: use --precision fp32, "
+            "or --engine reference for bf16 in plain PyTorch, which is slower"
+        )
+    return name, "fp32" if precision == "tf32" and device.type != "cuda" else precision
+
+
+@contextmanager
+def float32_products(precision: Precision) -> Iterator[None]:
+    """Let float32 products round to TF32 within the block if `precision` says so, and else forbid it.
+
+    PyTorch's own default allows TF32 in convolutions: 10 bits of mantissa, without being asked.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context that a forward pass runs in; only "bf16" changes anything."""
+    # Without the cache of cast weights: it would keep them over an update, and a CUDA graph cannot record it.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
