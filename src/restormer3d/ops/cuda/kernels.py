@@ -36,18 +36,25 @@ def _voxels(part, tiles, ROWS: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _shifted(frame, at, row, column, height, width, DY: tl.constexpr, DX: tl.constexpr):
-    """Load the voxels DY rows and DX columns further, zero outside the frame."""
-    inside = (row + DY >= 0) & (row + DY < height) & (column + DX >= 0) & (column + DX < width)
-    return tl.load(frame + at + (DY * width + DX), mask=inside, other=0.0)
+def _neighbours(at, height, width):
+    """Return where the nine voxels around each voxel lie in a frame, and whether they are inside."""
+    row, column = at // width, at % width
+    rows = ((row >= 1) & (row <= height), row < height, row < height - 1)
+    columns = (column >= 1, column >= 0, column < width - 1)
+    places = ()
+    inside = ()
+    for k in tl.static_range(9):
+        places = places + (at + ((k // 3 - 1) * width + (k % 3 - 1)),)
+        inside = inside + (rows[k // 3] & columns[k % 3],)
+    return places, inside
 
 
 @triton.jit
-def _add_frame(before, here, frame, taps, at, row, column, height, width):
+def _add_frame(before, here, frame, taps, places, inside):
     """Add one frame to the sums of the frames before it, at it and after it."""
     after = tl.zeros_like(here)
     for k in tl.static_range(9):
-        x = _shifted(frame, at, row, column, height, width, k // 3 - 1, k % 3 - 1)
+        x = tl.load(frame + places[k], mask=inside[k], other=0.0)
         before += x * taps[18 + k]
         here += x * taps[9 + k]
         after += x * taps[k]
@@ -65,7 +72,7 @@ def depthwise(
     first = part // tiles * run
     last = tl.minimum(first + run, frames)
     at = _voxels(part, tiles, ROWS, THREADS)
-    row, column = at // width, at % width
+    places, inside = _neighbours(at, height, width)
     x += plane * (frames * size)
     out += plane * (frames * size)
     weights = _taps(taps + plane % channels * 27, False)
@@ -73,13 +80,13 @@ def depthwise(
     here = tl.zeros((ROWS, THREADS), tl.float32)
     total = tl.zeros((ROWS, THREADS), tl.float32)
     for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
-        before, here, after = _add_frame(before, here, x + s * size, weights, at, row, column, height, width)
-        complete = (row < height) & (s > first)
+        before, here, after = _add_frame(before, here, x + s * size, weights, places, inside)
+        complete = inside[4] & (s > first)
         tl.store(out + (s - 1) * size + at, before, mask=complete)
         if SQUARES:
             total += tl.where(complete, before * before, 0.0)
         before, here = here, after
-    complete = (row < height) & (last == frames)  # the last frame has none after it that would complete it
+    complete = inside[4] & (last == frames)  # the last frame has none after it that would complete it
     tl.store(out + (frames - 1) * size + at, before, mask=complete)
     if SQUARES:
         total += tl.where(complete, before * before, 0.0)
@@ -100,7 +107,7 @@ def depthwise_backward(
     first = part // tiles * run
     last = tl.minimum(first + run, frames)
     at = _voxels(part, tiles, ROWS, THREADS)
-    row, column = at // width, at % width
+    places, inside = _neighbours(at, height, width)
     x += plane * (frames * size)
     grad += plane * (frames * size)
     x_grad += plane * (frames * size)
@@ -111,23 +118,23 @@ def depthwise_backward(
     before = tl.zeros((ROWS, THREADS), tl.float32)
     here = tl.zeros((ROWS, THREADS), tl.float32)
     x_before = tl.zeros((ROWS, THREADS), tl.float32)
-    x_here = tl.load(x + at, mask=(row < height) & (first == 0), other=0.0)
+    x_here = tl.load(x + at, mask=inside[4] & (first == 0), other=0.0)
     for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
-        x_after = tl.load(x + (s + 1) * size + at, mask=(row < height) & (s + 1 < last), other=0.0)
+        x_after = tl.load(x + (s + 1) * size + at, mask=inside[4] & (s + 1 < last), other=0.0)
         after = tl.zeros((ROWS, THREADS), tl.float32)
         old, sums = sums, ()
         for k in tl.static_range(9):
-            g = _shifted(grad + s * size, at, row, column, height, width, k // 3 - 1, k % 3 - 1)
+            g = tl.load(grad + s * size + places[k], mask=inside[k], other=0.0)
             before += g * weights[18 + k]
             here += g * weights[9 + k]
             after += g * weights[k]
             sums = sums + (old[3 * k] + tl.sum(g * x_before, 0),)
             sums = sums + (old[3 * k + 1] + tl.sum(g * x_here, 0),)
             sums = sums + (old[3 * k + 2] + tl.sum(g * x_after, 0),)
-        tl.store(x_grad + (s - 1) * size + at, before, mask=(row < height) & (s > first))
+        tl.store(x_grad + (s - 1) * size + at, before, mask=inside[4] & (s > first))
         before, here = here, after
         x_before, x_here = x_here, x_after
-    tl.store(x_grad + (frames - 1) * size + at, before, mask=(row < height) & (last == frames))
+    tl.store(x_grad + (frames - 1) * size + at, before, mask=inside[4] & (last == frames))
     for k in tl.static_range(9):
         for frame in tl.static_range(3):  # a frame of grad before x is a tap that looks back
             tl.store(tap_sums + program * 27 + frame * 9 + 8 - k, tl.sum(sums[3 * k + frame], 0))
@@ -159,7 +166,7 @@ def gated_depthwise(
     first = part // tiles * run
     last = tl.minimum(first + run, frames)
     at = _voxels(part, tiles, ROWS, THREADS)
-    row, column = at // width, at % width
+    places, inside = _neighbours(at, height, width)
     channel = plane % hidden
     gate_plane = plane + plane // hidden * hidden
     value_offset = hidden * (frames * size)
@@ -175,12 +182,12 @@ def gated_depthwise(
     b1 = tl.zeros((ROWS, THREADS), tl.float32)
     for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
         frame = x + s * size
-        a0, a1, a2 = _add_frame(a0, a1, frame, gate_taps, at, row, column, height, width)
-        b0, b1, b2 = _add_frame(b0, b1, frame + value_offset, value_taps, at, row, column, height, width)
-        complete = (row < height) & (s > first)
+        a0, a1, a2 = _add_frame(a0, a1, frame, gate_taps, places, inside)
+        b0, b1, b2 = _add_frame(b0, b1, frame + value_offset, value_taps, places, inside)
+        complete = inside[4] & (s > first)
         _write_gate(a0, b0, gated, out_grad, gate_grad, (s - 1) * size + at, value_offset, complete, GRADIENT)
         a0, a1, b0, b1 = a1, a2, b1, b2
-    complete = (row < height) & (last == frames)
+    complete = inside[4] & (last == frames)
     _write_gate(a0, b0, gated, out_grad, gate_grad, (frames - 1) * size + at, value_offset, complete, GRADIENT)
 
 
