@@ -30,14 +30,14 @@ CASES = [  # (B, C, T, H, W): odd sizes, every axis of length one, frames wider 
     ("pointwise", (2, 8, 3, 19, 37)),
     ("conv3d_in", (2, 4, 3, 5, 7)),
     ("conv3d_out", (1, 4, 3, 1, 5)),
-    ("gdfn", (2, 2, 3, 3, 5)),
+    ("gdfn", (2, 1, 3, 3, 5)),
     ("gdfn", (1, 2, 2, 1, 37)),
     ("gdfn", (1, 2, 1, 5, 1)),
     ("gdfn", (4, 1, 1, 2, 3)),
-    ("mdta", (2, 4, 2, 5, 7)),
+    ("mdta", (2, 2, 2, 5, 7)),
     ("mdta", (1, 2, 3, 7, 1)),
     ("mdta", (1, 2, 1, 1, 9)),
-    ("mdta", (4, 2, 1, 3, 3)),
+    ("mdta", (4, 1, 1, 3, 3)),
 ]
 
 
@@ -67,7 +67,7 @@ def test_every_head_attends_to_its_own_channels() -> None:
 @needs_triton
 @pytest.mark.parametrize("operator", ["mdta", "gdfn"])
 def test_same_input_gives_the_same_bits(operator: str) -> None:
-    function, inputs = arguments(operator, (1, 2, 2, 3, 4))
+    function, inputs = arguments(operator, (1, 1, 2, 3, 4))
     inputs = [i.to(DEVICE) for i in inputs]
     first, second = (results("cuda", function, inputs, torch.ones_like(inputs[0])) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -104,7 +104,7 @@ def test_a_whole_network_gives_the_references_output_and_gradients() -> None:
     torch.manual_seed(0)
     blocks = (1, 1, 1, 1) if ON_GPU else (0, 0, 0, 1)  # the interpreter takes a minute for every level
     config = ModelConfig(
-        dim=4, num_blocks=blocks, num_refinement_blocks=0, heads=(1, 1, 2, 2), ffn_expansion_factor=0.5,
+        dim=4, num_blocks=blocks, num_refinement_blocks=0, heads=(1, 1, 2, 2), ffn_expansion_factor=0.25,
         last_level_channels=4,
     )  # fmt: skip
     model = Restormer3D(config)
@@ -135,8 +135,11 @@ def test_the_published_network_keeps_less_than_12_kilobytes_a_voxel(monkeypatch:
     model, x = Restormer3D().to(DEVICE), torch.randn(1, 1, 16, 32, 32, device=DEVICE)
     weights = {p.data_ptr() for p in model.parameters()}
     saved: dict[int, Tensor] = {}  # keeps the tensors, so that no two have the same address
-    with ops.use_engine("cuda"), torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    with (
+        ops.use_engine("cuda"),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ),
     ):
         model(x)
     kept = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in weights)

@@ -6,8 +6,9 @@ of three frames: the one before it, which is then complete, its own, and the one
 Sums that span programs are written as partial sums, so that adding them up gives the same bits every time.
 """
 
-# The type checker sees tensors where Triton sees pointers, and integers where it sees scalars on the device.
-# pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# The type checker sees tensors and classes where Triton's compiler sees pointers, scalars and loops.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -22,42 +23,50 @@ def _taps(pointer, REVERSE: tl.constexpr):
     """Load the 27 taps of a channel, to be kept in registers."""
     taps = ()
     for i in tl.static_range(27):
-        taps = taps + (tl.load(pointer + (26 - i if REVERSE else i)),)
+        taps += (tl.load(pointer + (26 - i if REVERSE else i)),)
     return taps
 
 
 @triton.jit
-def _voxels(part, tiles, ROWS: tl.constexpr, THREADS: tl.constexpr):
-    """Return where the voxels of this tile lie in a frame, (ROWS, THREADS)."""
+def _place(frames, height, width, parts, run, ROWS: tl.constexpr, THREADS: tl.constexpr):
+    """Return channel plane, first and last frame, and where the voxels lie in a frame (ROWS, THREADS)."""
+    program, tiles = tl.program_id(0), tl.cdiv(height * width, ROWS * THREADS)
+    part = program % parts
+    first = part // tiles * run
     rows = tl.arange(0, ROWS)[:, None] * THREADS
     at = part % tiles * (ROWS * THREADS) + rows + tl.arange(0, THREADS)[None, :]
     # Shifted loads can not be vectors, so neighbouring voxels belong to neighbouring threads, not to one thread.
-    return tl.max_contiguous(at, (1, 1))
+    return program // parts, first, tl.minimum(first + run, frames), tl.max_contiguous(at, (1, 1))
 
 
 @triton.jit
-def _neighbours(at, height, width):
-    """Return where the nine voxels around each voxel lie in a frame, and whether they are inside."""
+def _inside(at, height, width):
+    """Return which voxels have their row above, themselves and their row below inside the frame; columns likewise."""
     row, column = at // width, at % width
     rows = ((row >= 1) & (row <= height), row < height, row < height - 1)
-    columns = (column >= 1, column >= 0, column < width - 1)
-    places = ()
-    inside = ()
-    for k in tl.static_range(9):
-        places = places + (at + ((k // 3 - 1) * width + (k % 3 - 1)),)
-        inside = inside + (rows[k // 3] & columns[k % 3],)
-    return places, inside
+    return rows, (column >= 1, column >= 0, column < width - 1)
 
 
 @triton.jit
-def _add_frame(before, here, frame, taps, places, inside):
+def _nine(center, rows, columns, width):
+    """Load the nine voxels around pointers, row by row, zero outside the frame."""
+    lines = (center - width, center, center + width)
+    nine = ()
+    for k in tl.static_range(9):
+        mask = rows[k // 3] if k % 3 == 1 else rows[k // 3] & columns[k % 3]
+        nine += (tl.load(lines[k // 3] + (k % 3 - 1), mask=mask, other=0.0),)
+    return nine
+
+
+@triton.jit
+def _add_frame(before, here, center, taps, rows, columns, width):
     """Add one frame to the sums of the frames before it, at it and after it."""
     after = tl.zeros_like(here)
+    nine = _nine(center, rows, columns, width)
     for k in tl.static_range(9):
-        x = tl.load(frame + places[k], mask=inside[k], other=0.0)
-        before += x * taps[18 + k]
-        here += x * taps[9 + k]
-        after += x * taps[k]
+        before += nine[k] * taps[18 + k]
+        here += nine[k] * taps[9 + k]
+        after += nine[k] * taps[k]
     return before, here, after
 
 
@@ -67,12 +76,9 @@ def depthwise(
     SQUARES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Convolve x (B*C, T, H, W); with SQUARES, also write each program's sum of squared results."""
-    program, size = tl.program_id(0), tl.cast(height * width, tl.int64)
-    plane, part, tiles = program // parts, program % parts, tl.cdiv(height * width, ROWS * THREADS)
-    first = part // tiles * run
-    last = tl.minimum(first + run, frames)
-    at = _voxels(part, tiles, ROWS, THREADS)
-    places, inside = _neighbours(at, height, width)
+    plane, first, last, at = _place(frames, height, width, parts, run, ROWS, THREADS)
+    size = tl.cast(height * width, tl.int64)
+    rows, columns = _inside(at, height, width)
     x += plane * (frames * size)
     out += plane * (frames * size)
     weights = _taps(taps + plane % channels * 27, False)
@@ -80,17 +86,17 @@ def depthwise(
     here = tl.zeros((ROWS, THREADS), tl.float32)
     total = tl.zeros((ROWS, THREADS), tl.float32)
     for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
-        before, here, after = _add_frame(before, here, x + s * size, weights, places, inside)
-        complete = inside[4] & (s > first)
+        before, here, after = _add_frame(before, here, x + s * size + at, weights, rows, columns, width)
+        complete = rows[1] & (s > first)
         tl.store(out + (s - 1) * size + at, before, mask=complete)
         if SQUARES:
             total += tl.where(complete, before * before, 0.0)
         before, here = here, after
-    complete = inside[4] & (last == frames)  # the last frame has none after it that would complete it
+    complete = rows[1] & (last == frames)  # the last frame has none after it that would complete it
     tl.store(out + (frames - 1) * size + at, before, mask=complete)
     if SQUARES:
         total += tl.where(complete, before * before, 0.0)
-        tl.store(squares + program, tl.sum(tl.sum(total, 0), 0))
+        tl.store(squares + tl.program_id(0), tl.sum(tl.sum(total, 0), 0))
 
 
 @triton.jit(do_not_specialize=["channels", *_SIZES])
@@ -100,44 +106,42 @@ def depthwise_backward(
 ):  # fmt: skip
     """Write the gradient of x (B*C, T, H, W), and each program's share of the gradient of the taps.
 
-    Both want the same shifts of ``grad``: x_grad[p] = sum of taps[d] grad[p - d], taps_grad[d] = sum of x[p] grad[p - d].
+    Both want the same shifts of ``grad``: x_grad[p] sums taps[d] grad[p - d] and taps_grad[d] sums x[p] grad[p - d].
     """
-    program, size = tl.program_id(0), tl.cast(height * width, tl.int64)
-    plane, part, tiles = program // parts, program % parts, tl.cdiv(height * width, ROWS * THREADS)
-    first = part // tiles * run
-    last = tl.minimum(first + run, frames)
-    at = _voxels(part, tiles, ROWS, THREADS)
-    places, inside = _neighbours(at, height, width)
+    plane, first, last, at = _place(frames, height, width, parts, run, ROWS, THREADS)
+    size = tl.cast(height * width, tl.int64)
+    rows, columns = _inside(at, height, width)
     x += plane * (frames * size)
     grad += plane * (frames * size)
     x_grad += plane * (frames * size)
     weights = _taps(taps + plane % channels * 27, True)
     sums = ()
     for _ in tl.static_range(27):
-        sums = sums + (tl.zeros((THREADS,), tl.float32),)
+        sums += (tl.zeros((THREADS,), tl.float32),)
     before = tl.zeros((ROWS, THREADS), tl.float32)
     here = tl.zeros((ROWS, THREADS), tl.float32)
     x_before = tl.zeros((ROWS, THREADS), tl.float32)
-    x_here = tl.load(x + at, mask=inside[4] & (first == 0), other=0.0)
+    x_here = tl.load(x + at, mask=rows[1] & (first == 0), other=0.0)
     for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
-        x_after = tl.load(x + (s + 1) * size + at, mask=inside[4] & (s + 1 < last), other=0.0)
+        x_after = tl.load(x + (s + 1) * size + at, mask=rows[1] & (s + 1 < last), other=0.0)
         after = tl.zeros((ROWS, THREADS), tl.float32)
+        nine = _nine(grad + s * size + at, rows, columns, width)
         old, sums = sums, ()
         for k in tl.static_range(9):
-            g = tl.load(grad + s * size + places[k], mask=inside[k], other=0.0)
+            g = nine[k]
             before += g * weights[18 + k]
             here += g * weights[9 + k]
             after += g * weights[k]
-            sums = sums + (old[3 * k] + tl.sum(g * x_before, 0),)
-            sums = sums + (old[3 * k + 1] + tl.sum(g * x_here, 0),)
-            sums = sums + (old[3 * k + 2] + tl.sum(g * x_after, 0),)
-        tl.store(x_grad + (s - 1) * size + at, before, mask=inside[4] & (s > first))
+            sums += (old[3 * k] + tl.sum(g * x_before, 0),)
+            sums += (old[3 * k + 1] + tl.sum(g * x_here, 0),)
+            sums += (old[3 * k + 2] + tl.sum(g * x_after, 0),)
+        tl.store(x_grad + (s - 1) * size + at, before, mask=rows[1] & (s > first))
         before, here = here, after
         x_before, x_here = x_here, x_after
-    tl.store(x_grad + (frames - 1) * size + at, before, mask=inside[4] & (last == frames))
+    tl.store(x_grad + (frames - 1) * size + at, before, mask=rows[1] & (last == frames))
     for k in tl.static_range(9):
         for frame in tl.static_range(3):  # a frame of grad before x is a tap that looks back
-            tl.store(tap_sums + program * 27 + frame * 9 + 8 - k, tl.sum(sums[3 * k + frame], 0))
+            tl.store(tap_sums + tl.program_id(0) * 27 + frame * 9 + 8 - k, tl.sum(sums[3 * k + frame], 0))
 
 
 @triton.jit
@@ -159,14 +163,11 @@ def gated_depthwise(
 ):  # fmt: skip
     """Convolve both halves of x (B, 2h, T, H, W) and write gelu(first) * second (B, h, T, H, W).
 
-    With GRADIENT, also turn ``out_grad`` (B, h, …) into ``gate_grad`` (B, 2h, …), the gradient of both convolved halves.
+    With GRADIENT, also turn ``out_grad`` (B, h, …) into ``gate_grad`` (B, 2h, …), that of both convolved halves.
     """
-    program, size = tl.program_id(0), tl.cast(height * width, tl.int64)
-    plane, part, tiles = program // parts, program % parts, tl.cdiv(height * width, ROWS * THREADS)
-    first = part // tiles * run
-    last = tl.minimum(first + run, frames)
-    at = _voxels(part, tiles, ROWS, THREADS)
-    places, inside = _neighbours(at, height, width)
+    plane, first, last, at = _place(frames, height, width, parts, run, ROWS, THREADS)
+    size = tl.cast(height * width, tl.int64)
+    rows, columns = _inside(at, height, width)
     channel = plane % hidden
     gate_plane = plane + plane // hidden * hidden
     value_offset = hidden * (frames * size)
@@ -181,13 +182,13 @@ def gated_depthwise(
     b0 = tl.zeros((ROWS, THREADS), tl.float32)
     b1 = tl.zeros((ROWS, THREADS), tl.float32)
     for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
-        frame = x + s * size
-        a0, a1, a2 = _add_frame(a0, a1, frame, gate_taps, places, inside)
-        b0, b1, b2 = _add_frame(b0, b1, frame + value_offset, value_taps, places, inside)
-        complete = inside[4] & (s > first)
+        frame = x + s * size + at
+        a0, a1, a2 = _add_frame(a0, a1, frame, gate_taps, rows, columns, width)
+        b0, b1, b2 = _add_frame(b0, b1, frame + value_offset, value_taps, rows, columns, width)
+        complete = rows[1] & (s > first)
         _write_gate(a0, b0, gated, out_grad, gate_grad, (s - 1) * size + at, value_offset, complete, GRADIENT)
         a0, a1, b0, b1 = a1, a2, b1, b2
-    complete = inside[4] & (last == frames)
+    complete = rows[1] & (last == frames)
     _write_gate(a0, b0, gated, out_grad, gate_grad, (frames - 1) * size + at, value_offset, complete, GRADIENT)
 
 

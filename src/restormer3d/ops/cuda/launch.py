@@ -3,6 +3,9 @@
 No call waits for the device or depends on values, so everything here can be captured in a CUDA graph.
 """
 
+# The type checker does not know how Triton launches a kernel, and Triton is missing on some systems.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,6 +19,9 @@ from restormer3d.ops.reference import NORM_EPS
 _THREADS = 128
 _RUN = 16  # frames that one program convolves: a long run loads few frames twice, a short one keeps all processors busy
 _BACKWARD_RUN = 32  # longer, because each program ends by adding up 27 sums
+_REGISTERS = (
+    128  # a thread; the compiler would take more for the convolutions, and fewer threads would share a processor
+)
 _TILE = 4096  # values of a normalization tile, 32 in each of 128 threads
 _CHUNK = 1024  # voxels of one partial matrix product
 
@@ -43,7 +49,7 @@ class _Tiling:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "THREADS": self.threads, "num_warps": self.threads // 32}
+        return {"ROWS": self.rows, "THREADS": self.threads, "num_warps": self.threads // 32, "maxnreg": _REGISTERS}
 
 
 def depthwise(x: Tensor, taps: Tensor, *, with_squares: bool = False) -> tuple[Tensor, Tensor]:
