@@ -1,7 +1,8 @@
 """The slow operators of Restormer3D behind one signature each, computed by the engine that fits the device.
 
-``reference`` is plain PyTorch and runs anywhere; ``cpu`` is Numba and matrix products. The environment variable
-``RESTORMER3D_ENGINE`` or :func:`use_engine` forces one; otherwise the device of the tensors decides.
+``reference`` is plain PyTorch and runs anywhere; ``cpu`` is Numba and matrix products; ``cuda`` is Triton and matrix
+products, for NVIDIA GPUs of compute capability 8.0 and newer. The environment variable ``RESTORMER3D_ENGINE`` or
+:func:`use_engine` forces one; otherwise the device of the tensors decides.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from restormer3d.ops import reference
 
-ENGINES = ("reference", "cpu")
+ENGINES = ("reference", "cpu", "cuda")
 """The names of the engines that can be forced."""
 
 _forced: ContextVar[str | None] = ContextVar("restormer3d_engine", default=None)
@@ -31,12 +34,44 @@ def engine_for(device: torch.device | str) -> str:
     ValueError
         If the forced engine is unknown or cannot work on this device.
     """
-    kind = torch.device(device).type
-    name = _forced.get() or os.environ.get("RESTORMER3D_ENGINE") or ("cpu" if kind == "cpu" else "reference")
+    device = torch.device(device)
+    name = _forced.get() or os.environ.get("RESTORMER3D_ENGINE") or _fastest(device)
     _check_name(name)
-    if name == "cpu" and kind != "cpu":
-        raise ValueError(f"engine 'cpu' was forced, but the tensors are on {kind!r}: use engine 'reference' there")
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(
+            f"engine 'cpu' was forced, but the tensors are on {device.type!r}: use engine 'reference' there"
+        )
+    if name == "cuda" and (obstacle := why_not_cuda(device)):
+        raise ValueError(f"engine 'cuda' was forced, but {obstacle}: use engine {_fastest(device)!r} there")
     return name
+
+
+def _fastest(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    return "reference" if why_not_cuda(device) else "cuda"
+
+
+def why_not_cuda(device: torch.device | str) -> str | None:
+    """Say in one line why engine "cuda" cannot compute on ``device``; None if it can."""
+    device = torch.device(device)
+    if not _triton_is_installed():
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter: slow, for tests
+    if device.type != "cuda":
+        return f"there are no Triton kernels for tensors on {device.type!r}"
+    if torch.version.hip or not torch.cuda.is_available():
+        return "PyTorch sees no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below the 8.0 that Triton needs"
+    return None
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 @contextmanager
@@ -63,9 +98,14 @@ def _check_name(name: str) -> None:
 
 
 def _engine(x: Tensor) -> ModuleType:
-    if engine_for(x.device) == "reference":
+    name = engine_for(x.device)
+    if name == "reference":
         return reference
-    from restormer3d.ops import cpu  # numba is imported only where its kernels run
+    if name == "cuda":
+        from restormer3d.ops import cuda  # Triton is imported only where its kernels run
+
+        return cuda
+    from restormer3d.ops import cpu  # and so is Numba
 
     return cpu
 

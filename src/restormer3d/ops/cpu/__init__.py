@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from restormer3d.ops import reference
+from restormer3d.ops.attention import attention_gradients, attention_matrices, mix_heads
 from restormer3d.ops.cpu import kernels
-from restormer3d.ops.cpu.attention import attention_gradients, attention_matrices, mix_heads
 from restormer3d.ops.cpu.engine import array, busy, plan, pool, scratch, start_threads, zeros
 from restormer3d.ops.cpu.loops import SUM_COLUMNS, SUM_ROWS, TILE_ROWS
 from restormer3d.ops.cpu.simd import LANES
 from restormer3d.ops.cpu.tiles import round_up
+from restormer3d.ops.reference import second_order
 
 _MANY_CHANNELS = 16  # from here on a dense convolution is better done as matrix products, by PyTorch
 
@@ -88,14 +89,6 @@ def _tap_gradient(sums: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(sums).view(sums.shape[0], -1, LANES).sum((0, 2)).view_as(like)
 
 
-def _second_order(operator: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return gradients that can be differentiated again, by the reference."""
-    wanted = [i for i in inputs if i.requires_grad]
-    with torch.enable_grad():
-        found = iter(torch.autograd.grad(operator(*inputs), wanted, grad, create_graph=True))
-    return tuple(next(found) if i.requires_grad else None for i in inputs)
-
-
 class _Gdfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
@@ -117,7 +110,7 @@ class _Gdfn(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0]
         if torch.is_grad_enabled():
-            return _second_order(reference.gdfn, ctx.saved_tensors, grad)
+            return second_order(reference.gdfn, ctx.saved_tensors, grad)
         x, norm_weight, project_in, dwconv, project_out = ctx.saved_tensors
         channels, hidden = project_out.shape[:2]
         with busy:
@@ -168,7 +161,7 @@ class _Mdta(torch.autograd.Function):
         grad = grad_outputs[0]
         *inputs, value, products, lengths = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _second_order(reference.mdta, tuple(inputs), grad)
+            return second_order(reference.mdta, tuple(inputs), grad)
         x, norm_weight, qkv, dwconv, temperature, project_out = inputs
         channels, heads = x.shape[1], temperature.numel()
         with busy:
@@ -225,7 +218,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             operator = reference.depthwise_conv3d if ctx.depthwise else reference.conv3d
-            return (*_second_order(operator, (x, weight), grad), None)
+            return (*second_order(operator, (x, weight), grad), None)
         x_grad = weight_grad = None
         with busy:
             grad = grad.contiguous()

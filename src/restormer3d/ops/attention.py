@@ -51,6 +51,15 @@ class AttentionGradients:
     temperature: Tensor
     project_out: Tensor
 
+    def query_key_matrix(self) -> Tensor:
+        """Return the matrix (B, 2C, 2C) that turns queries and keys into the gradients of both."""
+        batch, heads, size = self.products.shape[:3]
+        matrix = torch.diag_embed(self.own)
+        blocks = matrix.view(batch, 2, heads, size, 2, heads, size)
+        blocks[:, 0, :, :, 1].diagonal(dim1=1, dim2=3).copy_(self.products.movedim(1, -1))
+        blocks[:, 1, :, :, 0].diagonal(dim1=1, dim2=3).copy_(self.products.mT.movedim(1, -1))
+        return matrix
+
 
 def attention_gradients(
     outer: Tensor, products: Tensor, squares: Tensor, temperature: Tensor, project_out: Tensor

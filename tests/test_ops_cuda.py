@@ -1,0 +1,213 @@
+"""The CUDA engine against the reference, in Triton's interpreter where there is no GPU, and the choice of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from restormer3d import ops
+from restormer3d.config import ModelConfig
+from restormer3d.model import Restormer3D
+from tests.test_ops import arguments, relative_error, results
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+DEVICE = "cuda" if ON_GPU else "cpu"  # conftest turns on Triton's interpreter where there is no GPU
+
+CASES = [  # (B, C, T, H, W): odd sizes, every axis of length one, frames wider than a tile, several runs of frames
+    ("depthwise_conv3d", (2, 2, 3, 5, 7)),
+    ("depthwise_conv3d", (1, 1, 35, 2, 3)),
+    ("depthwise_conv3d", (1, 1, 2, 9, 61)),
+    ("depthwise_conv3d", (4, 1, 1, 1, 1)),
+    ("pointwise", (3, 6, 3, 5, 7)),
+    ("pointwise", (2, 8, 3, 19, 37)),
+    ("conv3d_in", (2, 4, 3, 5, 7)),
+    ("conv3d_out", (1, 4, 3, 1, 5)),
+    ("gdfn", (2, 1, 3, 3, 5)),
+    ("gdfn", (1, 2, 2, 1, 37)),
+    ("gdfn", (1, 2, 1, 5, 1)),
+    ("gdfn", (4, 1, 1, 2, 3)),
+    ("mdta", (2, 2, 2, 5, 7)),
+    ("mdta", (1, 2, 3, 7, 1)),
+    ("mdta", (1, 2, 1, 1, 9)),
+    ("mdta", (4, 1, 1, 3, 3)),
+]
+
+
+def check_against_reference(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """Compare output and all gradients with the reference in float64."""
+    with ops.use_engine("reference"):
+        exact = function(*(i.double() for i in inputs))
+    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    expected = results("reference", function, [i.double() for i in inputs], grad.double())
+    found = results("cuda", function, [i.to(DEVICE) for i in inputs], grad.to(DEVICE))
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert relative_error(a.cpu(), b) < 1e-5, "output" if number == 0 else f"gradient {number - 1}"
+
+
+@needs_triton
+@pytest.mark.parametrize(("operator", "shape"), CASES, ids=str)
+def test_cuda_engine_gives_the_references_output_and_gradients(operator: str, shape: tuple[int, ...]) -> None:
+    check_against_reference(*arguments(operator, shape))
+
+
+@needs_triton
+def test_every_head_attends_to_its_own_channels() -> None:
+    function, (x, norm, qkv, dwconv, _, project) = arguments("mdta", (2, 4, 1, 3, 5))
+    check_against_reference(function, [x, norm, qkv, dwconv, torch.tensor([0.7, 1.3]).view(2, 1, 1), project])
+
+
+@needs_triton
+@pytest.mark.parametrize("operator", ["mdta", "gdfn"])
+def test_same_input_gives_the_same_bits(operator: str) -> None:
+    function, inputs = arguments(operator, (1, 1, 2, 3, 4))
+    inputs = [i.to(DEVICE) for i in inputs]
+    first, second = (results("cuda", function, inputs, torch.ones_like(inputs[0])) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_triton
+def test_input_in_another_layout_or_precision_works() -> None:
+    function, inputs = arguments("depthwise_conv3d", (2, 2, 2, 3, 4))
+    inputs = [i.to(DEVICE) for i in inputs]
+    with ops.use_engine("cuda"):
+        expected = function(*inputs)
+        torch.testing.assert_close(function(inputs[0].to(memory_format=torch.channels_last_3d), inputs[1]), expected)
+        assert function(*(i.double() for i in inputs)).dtype == torch.float64
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert function(*inputs).dtype == torch.bfloat16
+
+
+@needs_triton
+@pytest.mark.parametrize("operator", ["mdta", "gdfn", "depthwise_conv3d", "pointwise"])
+def test_gradients_can_be_differentiated_again(operator: str) -> None:
+    function, inputs = arguments(operator, (1, 2, 1, 2, 3))
+
+    def curvature(engine: str, dtype: torch.dtype, device: str) -> Tensor:
+        leaves = [i.to(device, dtype).requires_grad_() for i in inputs]
+        with ops.use_engine(engine):
+            (slope,) = torch.autograd.grad(function(*leaves).square().sum(), leaves[0], create_graph=True)
+            return torch.autograd.grad(slope.square().sum(), leaves[1])[0].cpu()
+
+    assert relative_error(curvature("cuda", torch.float32, DEVICE), curvature("reference", torch.float64, "cpu")) < 1e-4
+
+
+@needs_triton
+def test_a_whole_network_gives_the_references_output_and_gradients() -> None:
+    torch.manual_seed(0)
+    blocks = (1, 1, 1, 1) if ON_GPU else (0, 0, 0, 1)  # the interpreter takes a minute for every level
+    config = ModelConfig(
+        dim=4, num_blocks=blocks, num_refinement_blocks=0, heads=(1, 1, 2, 2), ffn_expansion_factor=0.25,
+        last_level_channels=4,
+    )  # fmt: skip
+    model = Restormer3D(config)
+    x = torch.randn(1, 1, 7, 8, 5)
+    found: list[list[Tensor]] = []
+    for engine, device, dtype in [("cuda", DEVICE, torch.float32), ("reference", "cpu", torch.float64)]:
+        model = model.to(device, dtype)
+        model.zero_grad()
+        with ops.use_engine(engine):
+            y = model(x.to(device, dtype))
+            y.square().mean().backward()
+        found.append([y.detach().cpu(), *(p.grad.cpu().clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == 1 + len(list(model.parameters()))
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(*found, strict=True))
+
+
+@needs_triton
+def test_the_published_network_keeps_less_than_12_kilobytes_a_voxel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from restormer3d.ops.cuda import launch
+
+    def half(x: Tensor, _taps: Tensor) -> Tensor:
+        return x.chunk(2, dim=1)[0].contiguous()
+
+    # What is kept does not depend on the kernels' values, and the interpreter would take an hour for this network.
+    monkeypatch.setattr(launch, "depthwise", lambda x, _, with_squares: (x.clone(), x.new_ones((*x.shape[:2], 1))))
+    monkeypatch.setattr(launch, "gated_depthwise", half)
+    monkeypatch.setattr(launch, "normalize", torch.clone)
+    model, x = Restormer3D().to(DEVICE), torch.randn(1, 1, 16, 32, 32, device=DEVICE)
+    weights = {p.data_ptr() for p in model.parameters()}
+    saved: dict[int, Tensor] = {}  # keeps the tensors, so that no two have the same address
+    with (
+        ops.use_engine("cuda"),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ),
+    ):
+        model(x)
+    kept = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in weights)
+    assert kept / x.numel() < 12_000
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from restormer3d.ops.cuda import kernels
+fixed = dict(SQUARES=True, GRADIENT=True, ROWS=2, THREADS=128, EPS=1e-5, CHANNELS=32, VOXELS=128)
+numbers = {"channels", "hidden", "frames", "height", "width", "parts", "run", "size"}
+for name in ("depthwise", "depthwise_backward", "gated_depthwise", "normalize", "normalize_backward"):
+    kernel = getattr(kernels, name)
+    kinds = {a: "constexpr" if a in fixed else "i32" if a in numbers else "*fp32" for a in kernel.arg_names}
+    source = ASTSource(kernel, kinds, {a: fixed[a] for a in kernel.arg_names if a in fixed})
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
+"""
+
+
+@needs_triton
+def test_kernels_compile_for_compute_capability_8_without_a_gpu(tmp_path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An imagined GPU of compute capability 8.0, with Triton installed."""
+    monkeypatch.delenv("RESTORMER3D_ENGINE", raising=False)
+    monkeypatch.setattr(ops, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+    return monkeypatch
+
+
+def test_a_recent_gpu_gets_the_cuda_engine(gpu: pytest.MonkeyPatch) -> None:
+    assert ops.engine_for("cuda") == ops.engine_for(torch.device("cuda", 0)) == "cuda"
+    assert ops.why_not_cuda("cuda") is None
+    gpu.setenv("RESTORMER3D_ENGINE", "reference")
+    assert ops.engine_for("cuda") == "reference"
+
+
+def test_an_old_gpu_gets_the_reference_and_a_reason(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    assert ops.engine_for("cuda") == "reference"
+    assert "7.5 is below the 8.0" in str(ops.why_not_cuda("cuda"))
+    with ops.use_engine("cuda"), pytest.raises(ValueError, match=r"7\.5 is below.*use engine 'reference'"):
+        ops.engine_for("cuda")
+
+
+def test_without_triton_or_gpu_the_reference_computes(gpu: pytest.MonkeyPatch) -> None:
+    assert ops.engine_for("mps") == "reference"
+    assert "'mps'" in str(ops.why_not_cuda("mps"))
+    gpu.setattr(torch.cuda, "is_available", lambda: False)
+    assert ops.engine_for("cuda") == "reference"
+    gpu.setattr(ops, "_triton_is_installed", lambda: False)
+    assert ops.why_not_cuda("cuda") == "Triton is not installed"
+
+
+def test_on_the_cpu_the_cuda_engine_needs_the_interpreter(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setenv("TRITON_INTERPRET", "1")
+    assert ops.engine_for("cpu") == "cpu"
+    with ops.use_engine("cuda"):
+        assert ops.engine_for("cpu") == "cuda"
+        gpu.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="no Triton kernels for tensors on 'cpu': use engine 'cpu'"):
+            ops.engine_for("cpu")
