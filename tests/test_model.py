@@ -7,7 +7,8 @@ import torch
 from monai.networks.blocks.cablock import CABlock, FeedForward
 
 from restormer3d.config import ModelConfig
-from restormer3d.model import GDFN, MDTA, Restormer3D, gaussian_matrix
+from restormer3d.filters import gaussian_matrix, noise_variance, shrunk_details
+from restormer3d.model import GDFN, MDTA, Restormer3D, fold, unfold
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -82,15 +83,48 @@ def test_the_published_form_subtracts_the_predicted_noise():
     torch.testing.assert_close(model(x), x)
 
 
-def test_an_untrained_mixing_network_is_a_gaussian_filter():
+def background_of(x: torch.Tensor, frames: float = 24.0, zero: float = 0.0) -> torch.Tensor:
+    mean = x.mean(2, keepdim=True)
+    return torch.cat([mean, torch.full_like(mean, 1 / frames), torch.full_like(mean, zero)], 1)
+
+
+def test_an_untrained_mixing_network_is_a_gaussian_filter_relative_to_the_static_image():
     model = Restormer3D(ModelConfig(start="filters"))
     x = torch.rand(1, 1, 24, 16, 16)
-    background = x.mean(2, keepdim=True)
-    kernel_t, kernel_xy = gaussian_matrix(24, 9.0, x), gaussian_matrix(16, 0.6, x)
-    fluctuation = torch.einsum("st,bcthw->bcshw", kernel_t, x - background)
-    expected = background + kernel_xy @ fluctuation @ kernel_xy.T
+    background = background_of(x)
+    still = shrunk_details(background[:, :1], noise_variance(x) / 24)[0]
+    kernel_t, kernel_xy = gaussian_matrix(24, 9.0, x), gaussian_matrix(16, 5.6, x)
+    slow = torch.einsum("st,bcthw->bcshw", kernel_t, x - background[:, :1])
+    light = still + 0.02 * still.mean() + 1e-6
+    expected = still + light / (kernel_xy @ light @ kernel_xy.T) * (kernel_xy @ slow @ kernel_xy.T)
     with torch.no_grad():
-        torch.testing.assert_close(model(x, background), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(model(x, background), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_details_that_are_noise_are_shrunk_and_others_kept():
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(48.0), indexing="ij")
+    image = torch.exp(-((y - 24) ** 2 + (x - 24) ** 2) / 18).view(1, 1, 1, 48, 48)
+    noisy = image + 0.05 * torch.randn_like(image)
+    shrunk = shrunk_details(noisy, torch.full_like(image, 0.05**2))[0]
+    assert (shrunk - image).square().mean() < 0.3 * (noisy - image).square().mean()
+    torch.testing.assert_close(shrunk_details(image, torch.full_like(image, 1e-12))[0], image, atol=1e-4, rtol=0)
+
+
+def test_folding_is_undone_by_unfolding():
+    x = torch.rand(2, 3, 8, 6, 4)
+    assert fold(x, (4, 2, 2)).shape == (2, 48, 2, 3, 2)
+    assert torch.equal(unfold(fold(x, (4, 2, 2)), (4, 2, 2)), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5, 7), (2, 1, 13, 9, 18), (1, 1, 33, 17, 16)])
+def test_a_mixing_network_takes_windows_of_any_size(shape):
+    model = Restormer3D(ModelConfig(dim=8, heads=(1, 1, 2, 2), last_level_channels=8, start="filters"))
+    torch.nn.init.normal_(model.unet.output.weight)
+    x = torch.rand(shape)
+    found = model(x, background_of(x))
+    assert found.shape == x.shape
+    assert torch.isfinite(found).all()
 
 
 def test_a_mixing_network_asks_for_the_background():
