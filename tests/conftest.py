@@ -73,6 +73,11 @@ def tiny_model(request) -> Restormer3D:
     return model
 
 
+def background_of(mean: torch.Tensor, frames: float = 24.0, zero: float = 0.0) -> torch.Tensor:
+    """What a model is told of a whole stack with this temporal mean (B, 1, 1, H, W), as (B, 3, 1, H, W)."""
+    return torch.cat([mean, torch.full_like(mean, 1 / frames), torch.full_like(mean, zero)], 1)
+
+
 @pytest.fixture
 def quick_training() -> TrainingConfig:
     return TrainingConfig(patch=(16, 16, 16), batch_size=2, iterations=6, warmup_iterations=2, masked_fraction=0.05)

@@ -38,7 +38,7 @@ def test_the_flags_hold_in_training_and_inference(tiny_model, noisy_stack, quick
         fit(tiny_model, [source], quick_training, precision=precision)
         list(
             denoise_frames(
-                tiny_model, noisy_stack, source.normalization, source.mean, quick_inference, precision=precision
+                tiny_model, noisy_stack, source.normalization, source.background, quick_inference, precision=precision
             )
         )
         assert set(seen) == {(precision == "tf32",) * 2}
@@ -88,7 +88,7 @@ def test_bf16_trains_float32_weights_and_blends_in_float32(tiny_model, noisy_sta
     with ops.use_engine("reference"):
         for precision in ("fp32", "bf16"):
             frames = denoise_frames(
-                tiny_model, noisy_stack, source.normalization, source.mean, quick_inference, precision=precision
+                tiny_model, noisy_stack, source.normalization, source.background, quick_inference, precision=precision
             )
             results[precision] = torch.stack([torch.from_numpy(frame) for frame in frames])
         history = fit(tiny_model, [source], quick_training, precision="bf16")

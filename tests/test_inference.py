@@ -11,6 +11,8 @@ from restormer3d.inference import count_windows, denoise_frames
 from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
 
+from .conftest import background_of
+
 UNIT = Normalization(0.0, 1.0)
 
 
@@ -28,7 +30,8 @@ class Wobble(torch.nn.Module):
 
 
 def run(model, stack, config, normalization=UNIT):
-    background = np.zeros(stack.shape[1:], np.float32)
+    background = np.zeros((3, *stack.shape[1:]), np.float32)
+    background[1] = 1 / len(stack)
     return np.stack(list(denoise_frames(model, stack, normalization, background, config)))
 
 
@@ -72,7 +75,7 @@ def test_a_real_network_streams_as_it_blends_densely(tiny_model, quick_inference
 
     def with_background(x):
         with torch.no_grad():
-            return tiny_model(x, torch.zeros(1, 1, 1, *x.shape[3:]))
+            return tiny_model(x, background_of(torch.zeros(1, 1, 1, *x.shape[3:]), 30.0))
 
     streamed = run(tiny_model, stack, quick_inference)
     np.testing.assert_allclose(streamed, dense_blend(with_background, stack, quick_inference), atol=1e-4)
@@ -115,7 +118,7 @@ def test_memory_does_not_grow_with_the_stack():
     stack = Endless()
     count = 0
     config = InferenceConfig(window=(16, 16, 16))
-    for frame in denoise_frames(Identity(), stack, UNIT, np.zeros((16, 16), np.float32), config):
+    for frame in denoise_frames(Identity(), stack, UNIT, np.zeros((3, 16, 16), np.float32), config):
         count += 1
         assert frame.base is None or frame.base.shape[0] <= 16
     assert count == 2000
@@ -128,7 +131,7 @@ class Sideways(torch.nn.Module):
     def forward(self, x, background):
         rows, columns = x.shape[-2:]
         slope = torch.linspace(0, 3, rows)[:, None] + torch.linspace(0, 1, columns)
-        return x * slope + 2 * background
+        return x * slope + 2 * background[:, :1]
 
 
 def symmetries(array, count):
@@ -145,7 +148,7 @@ def symmetries(array, count):
 def test_windows_are_averaged_over_symmetries(count):
     rng = np.random.default_rng(3)
     stack = rng.normal(size=(16, 16, 16)).astype(np.float32)
-    background = rng.normal(size=(16, 16)).astype(np.float32)
+    background = rng.normal(size=(3, 16, 16)).astype(np.float32)
     config = InferenceConfig(window=(16, 16, 16), symmetries=count)
     averaged = np.stack(list(denoise_frames(Sideways(), stack, UNIT, background, config)))
     single = config.model_copy(update={"symmetries": 1})
@@ -181,7 +184,7 @@ def test_windows_are_counted_as_they_are_computed():
     stack = np.zeros((37, 40, 20), np.float32)
     list(
         denoise_frames(
-            Identity(), stack, UNIT, np.zeros((40, 20), np.float32), config, progress=lambda *a: calls.append(a)
+            Identity(), stack, UNIT, np.zeros((3, 40, 20), np.float32), config, progress=lambda *a: calls.append(a)
         )
     )
     assert calls[-1] == ("denoise", count_windows(stack.shape, config), count_windows(stack.shape, config))

@@ -10,6 +10,8 @@ from restormer3d.config import ModelConfig
 from restormer3d.filters import gaussian_matrix, noise_variance, shrunk_details
 from restormer3d.model import GDFN, MDTA, Restormer3D, fold, unfold
 
+from .conftest import background_of
+
 
 def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
@@ -71,7 +73,7 @@ def test_gdfn_agrees_with_monai():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 9, 17), (16, 8, 8)])
 def test_any_window_size_keeps_its_shape(tiny_model, shape):
     x = torch.rand(2, 1, *shape)
-    denoised = tiny_model(x, x.mean(2, keepdim=True))
+    denoised = tiny_model(x, background_of(x.mean(2, keepdim=True)))
     assert denoised.shape == x.shape
     assert denoised.isfinite().all()
 
@@ -83,15 +85,10 @@ def test_the_published_form_subtracts_the_predicted_noise():
     torch.testing.assert_close(model(x), x)
 
 
-def background_of(x: torch.Tensor, frames: float = 24.0, zero: float = 0.0) -> torch.Tensor:
-    mean = x.mean(2, keepdim=True)
-    return torch.cat([mean, torch.full_like(mean, 1 / frames), torch.full_like(mean, zero)], 1)
-
-
 def test_an_untrained_mixing_network_is_a_gaussian_filter_relative_to_the_static_image():
     model = Restormer3D(ModelConfig(start="filters"))
     x = torch.rand(1, 1, 24, 16, 16)
-    background = background_of(x)
+    background = background_of(x.mean(2, keepdim=True))
     still = shrunk_details(background[:, :1], noise_variance(x) / 24)[0]
     kernel_t, kernel_xy = gaussian_matrix(24, 9.0, x), gaussian_matrix(16, 5.6, x)
     slow = torch.einsum("st,bcthw->bcshw", kernel_t, x - background[:, :1])
@@ -122,7 +119,7 @@ def test_a_mixing_network_takes_windows_of_any_size(shape):
     model = Restormer3D(ModelConfig(dim=8, heads=(1, 1, 2, 2), last_level_channels=8, start="filters"))
     torch.nn.init.normal_(model.unet.output.weight)
     x = torch.rand(shape)
-    found = model(x, background_of(x))
+    found = model(x, background_of(x.mean(2, keepdim=True)))
     assert found.shape == x.shape
     assert torch.isfinite(found).all()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from restormer3d.objectives import blind_spot, blind_spot_loss, masked_loss, temporal_median_loss
+from restormer3d.objectives import blind_spot, blind_spot_loss, masked_loss, second_recording_loss, temporal_median_loss
+
+from .conftest import background_of
 
 STACK_FRAMES = 40.0
 
@@ -60,7 +62,7 @@ def test_no_masked_voxel_reaches_the_prediction(tiny_model, generator, extent, e
     background = torch.rand(2, 1, 1, 13, 17) + noisy.sum(2, keepdim=True) / STACK_FRAMES
     masked, chosen = blind_spot(noisy, 0.1, extent, generator, everywhere=everywhere)
     share = (masked - noisy).sum(2, keepdim=True) / STACK_FRAMES
-    predicted = tiny_model(masked, background + share)[chosen].sum()
+    predicted = tiny_model(masked, background_of(background + share, STACK_FRAMES))[chosen].sum()
     (gradient,) = torch.autograd.grad(predicted, noisy)
     assert gradient.abs().max() > 0.1
     assert gradient[chosen].abs().max() < 1e-6 * gradient.abs().max()
@@ -134,3 +136,10 @@ def test_the_shapes_of_a_step_do_not_depend_on_the_draw(generator):
         masked, chosen = blind_spot(noisy, 0.05, (0, 0, 1), generator, everywhere=True)
         masked_loss(lambda x, _: x, masked, background, noisy, chosen, loss="mse")
     assert not called & {"nonzero", "_local_scalar_dense", "masked_select", "item"}
+
+
+def test_the_loss_of_a_second_recording_counts_every_voxel_in_units_of_its_noise():
+    torch.manual_seed(0)
+    first, second = (3.0 * torch.randn(1, 1, 64, 24, 24) for _ in range(2))
+    loss = second_recording_loss(lambda x, _: torch.zeros_like(x), first, torch.zeros(1, 3, 1, 24, 24), second)
+    assert float(loss) == pytest.approx(1.0, abs=0.05)

@@ -244,7 +244,7 @@ def test_scenes_without_cells_and_of_one_pixel_can_be_drawn() -> None:
 def test_random_parameters_give_usable_recordings_of_many_kinds() -> None:
     rng = np.random.default_rng(0)
     gains, rates = [], []
-    for seed in range(12):
+    for seed in range(30):
         parameters = random_scene_parameters(rng)
         scene = simulate_scene((32, 48, 48), seed=seed, **parameters["scene"])
         noisy = NoisyScene(scene, seed=seed, **parameters["detector"])[:]

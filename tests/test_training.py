@@ -28,11 +28,12 @@ def test_patches_are_normalized_pieces_of_the_stack(noisy_stack):
     source = training_stack(noisy_stack)
     batch = random_patches([source], (8, 16, 16), 5, np.random.default_rng(0))
     assert batch.noisy.shape == (5, 1, 8, 16, 16)
-    assert batch.mean.shape == batch.median.shape == (5, 1, 1, 16, 16)
+    assert batch.background.shape == (5, 3, 1, 16, 16)
+    assert batch.median.shape == (5, 1, 1, 16, 16)
     raw = source.normalization.invert(batch.noisy.numpy())
     assert np.isin(np.rint(raw), noisy_stack).all()
     # A patch and its mean image were turned alike: they go together.
-    for noisy, mean in zip(batch.noisy, batch.mean, strict=True):
+    for noisy, mean in zip(batch.noisy, batch.background[:, :1], strict=True):
         assert np.corrcoef(noisy.mean(1).flatten(), mean.flatten())[0, 1] > 0.5
 
 

@@ -203,10 +203,8 @@ class Restormer3D(nn.Module):
         if background is None:
             raise ValueError("this network mixes filters and needs `background`, (B, 3, 1, H, W): temporal mean, ...")
         config = self.config
-        with torch.no_grad():
-            bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
-            seen = _folded_evidence(bank, config.fold)
-        mixture = _padded(self.unet, seen)
+        bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
+        mixture = _padded(self.unet, _folded_evidence(bank, config.fold))
         cell = math.prod(config.fold)
         weights = unfold(mixture[:, : cell * self.moving], config.fold)[:, :, : x.shape[2], : x.shape[3], : x.shape[4]]
         still = unfold(mixture[:, cell * self.moving :].mean(2, keepdim=True), (1, *config.fold[1:]))
