@@ -246,7 +246,7 @@ def _robust_line(
     mean: np.ndarray, variance: np.ndarray, clipped: np.ndarray, iterations: int = 30
 ) -> tuple[float, float]:
     """Fit variance = gain * mean + intercept with least absolute relative deviations; the gain is at least 0."""
-    usable = clipped <= max(_CLIPPED_BIN, float(np.quantile(clipped, 0.25)))
+    usable = clipped <= max(_CLIPPED_BIN, float(np.quantile(clipped, 0.5)))
     mean, variance = mean[usable], variance[usable]
     typical = float(np.median(variance))
     if np.ptp(mean) == 0:
