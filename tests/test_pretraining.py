@@ -57,7 +57,8 @@ def test_a_run_leaves_weights_history_and_state(noisy_file, training, tmp_path):
     assert load_weights(path).config.start == "filters"
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [entry["stage"] for entry in history] == ["warmup"] + 5 * ["noise2void"]
-    assert set(history[-1]["validation"]) == {"stsnr_level1", "stsnr_level2", "stsnr_level3"}
+    scores = {f"{name}_level{level}" for name in ("stsnr", "activity_snr") for level in (1, 2, 3)}
+    assert set(history[-1]["validation"]) == scores
 
 
 def test_a_killed_run_resumes_to_the_same_weights(noisy_file, training, tmp_path):
@@ -167,7 +168,8 @@ def test_tensorboard_gets_every_iteration_once(training, tmp_path, monkeypatch):
     run(tmp_path, training, tensorboard=True)
     assert folders == {str(tmp_path / "tensorboard")}
     expected = [(name, step) for step in range(1, 7) for name in ("loss", "learning_rate")]
-    expected += [(f"validation/stsnr_level{level}", step) for step in (2, 4, 6) for level in (1, 2, 3)]
+    names = [f"validation/{name}_level{level}" for name in ("stsnr", "activity_snr") for level in (1, 2, 3)]
+    expected += [(name, step) for step in (2, 4, 6) for name in names]
     assert sorted(written) == sorted(expected)
 
 

@@ -109,6 +109,11 @@ class TrainingConfig(_Config):
         Largest norm of the gradient.
     ema_decay : float
         Decay per iteration of the running average of the weights that is kept as the result; 0 keeps the last ones.
+    held_out : float
+        Share of the voxels that are never trained on. A few times during training the network predicts them, and the
+        weights that did it best are kept, those of before the training among them; 0 keeps the last ones.
+    adapt_mixture : bool
+        Fit the mixture of filters to the stack before the network is trained (denoising with "filters" only).
     thinning : float
         Pretraining thins the photons of recorded stacks, patch by patch, to a share drawn between this and 1 (off).
     seed : int
@@ -128,6 +133,8 @@ class TrainingConfig(_Config):
     blind_spot: Literal["auto"] | tuple[int, int, int] = (0, 0, 0)
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Fraction = 0.0
+    held_out: Annotated[float, Field(ge=0, le=0.1)] = 0.0
+    adapt_mixture: bool = False
     thinning: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
 
@@ -187,6 +194,8 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         "masked_fraction": 0.05,
         "blind_spot": "auto",
         "ema_decay": 0.99,
+        "held_out": 0.02,
+        "adapt_mixture": True,
     }
     tuned = TrainingConfig.model_validate(common)
     scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})

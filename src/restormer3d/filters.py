@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NOISE_SIGMA = 2.0  # pixels over which the noise variance of a window is averaged
+_NOISE_SIGMA = 2.0  # pixels over which the noise variance of a window, and how lively its pixels are, is averaged
 _DETAIL_SIGMAS = (0.45, 0.8, 1.6, 3.2)  # pixels: scales into which the static image is taken apart
 _BRIGHTNESS_KNOTS = (-2.0, -1.0, -0.25, 0.5, 1.25, 2.25)  # logarithm of a pixel's light over its noise
 _ACTIVITY_KNOTS = (0.1, 0.6, 1.8)  # logarithm of the energy of slow fluctuations over that of noise
@@ -45,7 +45,10 @@ class FilterBank(NamedTuple):
     still_evidence : Tensor
         The static image: details in units of their noise, contrast, and brightness over noise, (B, S, 1, H, W).
     kinds : Tensor
-        How far a pixel belongs to each kind, bright or dark, lively or not, (B, KINDS, H, W); sums to 1.
+        How far a pixel belongs to each kind, bright or dark, among lively neighbors or not, (B, KINDS, H, W); sums
+        to 1. A pixel's own fluctuations have no part in it: else noise would choose the weights of noise.
+    light : Tensor
+        What the relative filters are relative to, (B, 1, 1, H, W), above 0.
     """
 
     base: Tensor
@@ -55,6 +58,7 @@ class FilterBank(NamedTuple):
     broad_evidence: Tensor
     still_evidence: Tensor
     kinds: Tensor
+    light: Tensor
 
 
 def filter_bank(
@@ -115,20 +119,80 @@ def filter_bank(
         torch.asinh(torch.cat(broad, 1)),
         still_evidence,
         _kinds(brightness, _activity(in_noise[:, len(temporal) // 2 :][:, :1])),
+        light,
     )
 
 
+def own_noise(
+    bank: FilterBank,
+    share: Tensor,
+    sigmas_t: tuple[float, ...],
+    sigmas_xy: tuple[float, ...],
+    sigmas_relative: tuple[float, ...],
+    correlation: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]],
+) -> Tensor:
+    """Covariance of every filter's value at a voxel with the noise of that voxel, in units of its variance.
+
+    Parameters
+    ----------
+    bank : FilterBank
+        From :func:`filter_bank`, of the same filters.
+    share : Tensor
+        Share of one frame in the temporal mean, (B, 1, 1, 1, 1).
+    sigmas_t, sigmas_xy, sigmas_relative : tuple of float
+        Widths of the filters.
+    correlation : tuple of tuple of float
+        Correlation of the noise with that of neighbors along frames, rows and columns, from lag 0 (which is 1) on.
+
+    Returns
+    -------
+    Tensor
+        Means over frames, moving filters first, then still ones, (B, N + M, H, W).
+    """
+    b, _, t, h, w = bank.moving.shape
+    over_time, over_rows, over_columns = correlation
+    in_mean = share.view(b, 1, 1, 1) * (2 * sum(over_time) - 1)
+    averages = torch.stack([_own(t, sigma, over_time, share).mean() for sigma in sigmas_t]).view(1, -1, 1, 1) - in_mean
+
+    def plane(sigma: float) -> Tensor:
+        return torch.outer(_own(h, sigma, over_rows, share), _own(w, sigma, over_columns, share))
+
+    light = bank.light[:, 0]
+    spatial = [averages * plane(sigma) for sigma in sigmas_xy]
+    relative = [averages * plane(sigma) * (light / _smooth(light, sigma)) for sigma in sigmas_relative]
+    smooth = [torch.ones_like(light[0, 0]), *(plane(sigma) for sigma in _DETAIL_SIGMAS)]
+    still = torch.stack([fine - coarse for fine, coarse in pairwise(smooth)]) * in_mean
+    return torch.cat([(1 - in_mean).expand(b, 1, h, w), *spatial, *relative, still], 1)
+
+
+def _own(length: int, sigma: float, correlation: tuple[float, ...], like: Tensor) -> Tensor:
+    """Covariance of Gaussian averages with their middles, (length,), for correlated noise of variance 1."""
+    lags = torch.zeros(max(length, len(correlation)), device=like.device, dtype=like.dtype)
+    lags[: len(correlation)] = torch.tensor(correlation, device=like.device, dtype=like.dtype)
+    position = torch.arange(length, device=like.device)
+    return (gaussian_matrix(length, sigma, like) * lags[(position[:, None] - position).abs()]).sum(1)
+
+
 def noise_variance(x: Tensor) -> Tensor:
-    """Noise variance per pixel of windows (B, 1, T, H, W) from differences of frames, as (B, 1, 1, H, W)."""
+    """Noise variance per pixel of windows (B, 1, T, H, W) from differences of frames, as (B, 1, 1, H, W).
+
+    Averaged over neighbors, but for those that never change: a border of zeros says nothing of the noise beside it.
+    """
     if x.shape[2] < 2:
         return torch.ones_like(x)
-    squares = (x[:, :, 1:] - x[:, :, :-1]).square().mean(2, keepdim=True) / 2
-    return _smooth(squares, _NOISE_SIGMA) + _EPS
+    squares = pixel_variance(x)
+    changes = _smooth((squares > 0).to(x.dtype), _NOISE_SIGMA)
+    return _smooth(squares, _NOISE_SIGMA) / changes.clamp(min=_EPS) + _EPS
+
+
+def pixel_variance(x: Tensor) -> Tensor:
+    """Noise variance of each pixel alone of windows (B, 1, T, H, W), T at least 2, as (B, 1, 1, H, W)."""
+    return (x[:, :, 1:] - x[:, :, :-1]).square().mean(2, keepdim=True) / 2
 
 
 def _activity(in_noise: Tensor) -> Tensor:
-    """Logarithm of the energy over time of fluctuations (B, 1, T, H, W) in units of their noise, (B, 1, 1, H, W)."""
-    energy = _smooth(in_noise.square().mean(2, keepdim=True), _NOISE_SIGMA)
+    """Logarithm of the energy of the neighbors' fluctuations (B, 1, T, H, W), in units of noise, (B, 1, 1, H, W)."""
+    energy = _smooth_around(in_noise.square().mean(2, keepdim=True), _NOISE_SIGMA)
     return torch.log(energy.clamp(min=1.0))
 
 
@@ -179,14 +243,31 @@ def gaussian_matrix(length: int, sigma: float, like: Tensor) -> Tensor:
 
     At the ends the kernel is cut and renormalized.
     """
-    position = torch.arange(length, device=like.device, dtype=like.dtype)
-    kernel = torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
+    kernel = _kernel(length, sigma, like)
     return kernel / kernel.sum(1, keepdim=True)
+
+
+def _kernel(length: int, sigma: float, like: Tensor) -> Tensor:
+    position = torch.arange(length, device=like.device, dtype=like.dtype)
+    return torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
 
 
 def _smooth(images: Tensor, sigma: float) -> Tensor:
     h, w = images.shape[-2:]
     return gaussian_matrix(h, sigma, images) @ images @ gaussian_matrix(w, sigma, images).T
+
+
+def _smooth_around(images: Tensor, sigma: float) -> Tensor:
+    """Average around every pixel, itself and the eight that touch it left out."""
+    h, w = images.shape[-2:]
+    full = [_kernel(size, sigma, images) for size in (h, w)]
+    near = [kernel.triu(-1).tril(1) for kernel in full]
+
+    def around(x: Tensor) -> Tensor:
+        return full[0] @ x @ full[1] - near[0] @ x @ near[1]
+
+    # A plane of three pixels has nothing else.
+    return around(images) / around(torch.ones_like(images)).clamp(min=_EPS)
 
 
 def _plane_norm(h: int, w: int, sigma: float, like: Tensor) -> Tensor:

@@ -1,66 +1,248 @@
-"""The fixed mixture of filters that a mixing network starts from, fitted by least squares to pairs of noisy recordings.
+"""The mixture of filters that a mixing network starts from: learned from many scenes, then fitted to one stack.
 
 One weight for every filter and kind of pixel: linear in the filters, so the best weights solve one set of equations,
-in minutes and without a learning rate. The network then only has to learn what is different from place to place.
+without a learning rate. From pairs of noisy recordings of simulated scenes come the usual weights and the modes in
+which scenes differ from them; to a stack, a few numbers are fitted, how far it goes along each mode.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from restormer3d.filters import filter_bank, noise_variance
+from restormer3d.filters import filter_bank, noise_variance, own_noise, pixel_variance
 from restormer3d.model import Restormer3D
-from restormer3d.patches import Patches
+from restormer3d.patches import TrainingStack
+from restormer3d.tiling import window_starts
 
-_EVERY = 8  # frames between those that count: neighbors say almost the same
+_OVERLAP = 0.25  # of the windows that are looked at
+_ROUNDS = 10  # of the expectation-maximization
+_FIRST_SPREAD = 0.15  # standard deviation of a weight over scenes, before any is seen
 _RIDGE = 1e-5
+_OWN_PENALTY = 100.0  # on weight for a voxel itself: no sum over noise is known well enough to trust it freely
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over voxels, in units of their noise; P counts filters x kinds of pixels.
+
+    Attributes
+    ----------
+    products : Tensor
+        Of filters with filters, (P, P).
+    targets : Tensor
+        Of filters with what they should add up to, (P,).
+    own : Tensor
+        Of products of what the filters have of the voxel itself, (P, P).
+    windows : int
+        That were looked at.
+    """
+
+    products: Tensor
+    targets: Tensor
+    own: Tensor
+    windows: int
+
+    def __add__(self, other: _Sums) -> _Sums:
+        sums = (self.products + other.products, self.targets + other.targets, self.own + other.own)
+        return _Sums(*sums, self.windows + other.windows)
+
+    def times(self, factor: float) -> _Sums:
+        return _Sums(self.products * factor, self.targets * factor, self.own * factor, self.windows)
 
 
 @torch.no_grad()
-def fit_mixture(model: Restormer3D, pairs: Iterable[Patches]) -> None:
-    """Set the fixed mixture of a model to what predicts second recordings best, in place.
+def fit_mixture(model: Restormer3D, pairs: Iterable[TrainingStack], window: tuple[int, int, int]) -> None:
+    """Set the usual mixture of a model, and the modes in which scenes differ from it, in place.
+
+    Every scene is taken to have weights of its own, drawn from one normal distribution, whose mean and covariance are
+    found by expectation-maximization.
 
     Parameters
     ----------
     model : Restormer3D
         With `start="filters"`.
-    pairs : iterable of Patches
-        Batches with second recordings.
+    pairs : iterable of TrainingStack
+        Recordings with a second one of the same scene, whose noise is independent.
+    window : tuple of int
+        Frames, rows and columns of the windows that the network will see.
 
     Raises
     ------
     ValueError
         If there are no pairs, or some have no second recording.
+
+    References
+    ----------
+    Dempster, Laird, Rubin, "Maximum Likelihood from Incomplete Data via the EM Algorithm", J. R. Stat. Soc. B 1977.
     """
-    products, targets = torch.zeros(0), torch.zeros(0)
-    for batch in pairs:
-        if not batch.second.numel():
-            raise ValueError("a mixture is fitted to pairs of recordings: a batch has no second recording")
-        for design, wanted in _equations(model, batch):
-            if not products.numel():
-                products = torch.zeros(design.shape[1], design.shape[1], dtype=torch.float64)
-                targets = torch.zeros(design.shape[1], dtype=torch.float64)
-            products += (design.T @ design).double()
-            targets += (design.T @ wanted).double()
-    if not products.numel():
+    scenes: list[tuple[Tensor, Tensor]] = []
+    for pair in pairs:
+        if pair.second is None:
+            raise ValueError("a mixture is fitted to pairs of recordings: a scene has no second recording")
+        sums = _stack_sums(model, pair, window, pair.second)
+        scenes.append((sums.products.float(), sums.targets))  # half of the memory: there are hundreds
+    if not scenes:
         raise ValueError("a mixture is fitted to pairs of recordings, and there are none")
+    mean, covariance = _expectation_maximization(scenes)
+    usual, modes = model.filter_weights, model.mixture_modes
+    usual.copy_(mean.view_as(usual))
+    importance = sum((products.double() for products, _ in scenes), torch.zeros_like(covariance)) / len(scenes)
+    modes.copy_(_main_modes(covariance, importance, modes.shape[0]).view_as(modes))
+
+
+@torch.no_grad()
+def adapted_mixture(
+    model: Restormer3D,
+    source: TrainingStack,
+    window: tuple[int, int, int],
+    *,
+    most_windows: int = 160,
+    seconds: float = math.inf,
+) -> tuple[Tensor, dict[str, float]]:
+    """Fit a model's mixture to a noisy stack by Stein's unbiased estimate of the risk.
+
+    The squared distance to the truth is that to the noisy stack, but for the noise that a filter shares with the voxel
+    that it estimates. That share follows from the filter, and the noise's variance from differences of frames. The
+    network itself has no part in it: it is trained on top of fitted mixtures.
+
+    Parameters
+    ----------
+    model : Restormer3D
+        With `start="filters"` and modes from :func:`fit_mixture`.
+    source : TrainingStack
+        The stack, at least two frames.
+    window : tuple of int
+        Frames, rows and columns of the windows that the network will see.
+    most_windows : int
+        Windows to look at, spread over the stack at random; more say little that is new.
+    seconds : float
+        After these no further window is looked at; one is at least.
+
+    Returns
+    -------
+    Tensor
+        Weights (filters, KINDS), to take the place of the model's `filter_weights`.
+    dict
+        `windows` looked at, and `distance`: how far the stack is from the usual, the root mean square over modes in
+        units of the scenes' spread.
+
+    References
+    ----------
+    Stein, "Estimation of the Mean of a Multivariate Normal Distribution", Annals of Statistics 1981.
+    """
+    directions, weights = model.mixture_modes.flatten(1).double().cpu(), model.filter_weights.double().cpu()
+    sums = _stack_sums(model, source, window, source.stack, most_windows, seconds)
+    system = directions @ (sums.products + _OWN_PENALTY * sums.own) @ directions.T
+    system += torch.eye(len(directions), dtype=torch.float64)  # as likely as among scenes
+    missing = sums.targets - sums.products @ weights.flatten()
+    along = torch.linalg.solve(system, directions @ missing)
+    fitted = weights + (along @ directions).view_as(weights)
+    return fitted.to(model.filter_weights), {"windows": sums.windows, "distance": float(along.square().mean().sqrt())}
+
+
+def _stack_sums(
+    model: Restormer3D,
+    source: TrainingStack,
+    window: tuple[int, int, int],
+    target: Any,
+    most_windows: int = sys.maxsize,
+    seconds: float = math.inf,
+) -> _Sums:
+    """Sums over a stack, from windows at random places; each counts for as much of the stack as was left out."""
+    started = time.monotonic()
+    shape = source.stack.shape
+    size = [min(pair) for pair in zip(window, shape, strict=True)]
+    starts = [window_starts(full, part, _OVERLAP) for full, part in zip(shape, size, strict=True)]
+    total = None
+    for place in np.random.default_rng(0).permutation(list(product(*starts)))[:most_windows]:
+        at = [slice(start, start + length) for start, length in zip(place.tolist(), size, strict=True)]
+        sums = _window_sums(model, source, at, target)
+        total = sums if total is None else total + sums
+        if time.monotonic() - started > seconds:
+            break
+    assert total is not None
+    # Where neighbors share their noise, voxels say less than their number.
+    alike = math.prod(2 * sum(lags) - 1 for lags in source.noise_correlation)
+    return total.times(math.prod(shape) / (total.windows * math.prod(size) * max(1.0, alike)))
+
+
+def _window_sums(model: Restormer3D, source: TrainingStack, place: list[slice], target: Any) -> _Sums:
+    """Sums over a window: a filter's product with its target, the stack itself or a second recording of the scene.
+
+    What the stack itself shares with the filters by noise alone is taken off.
+    """
+    t, y, x = place
+    config = model.config
+    widths = config.sigmas_t, config.sigmas_xy, config.sigmas_relative
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(model.filter_weights.device)
+
+    noisy, wanted = (tensor(source.normalization.apply(each[t, y, x]))[None, None] for each in (source.stack, target))
+    background = tensor(source.background[:, y, x])[None, :, None]
+    frames = noisy.shape[2]
+    bank = filter_bank(noisy, background, *widths)
+    filters = torch.cat([bank.moving, bank.still.expand(-1, -1, frames, -1, -1)], 1)
+    variance = pixel_variance(noisy)[:, 0]  # (1, 1, H, W)
+    weight = (variance > 0) / noise_variance(noisy)[:, 0]  # a border of zeros has nothing to say
+    variance /= 1 - sum(source.noise_correlation[0][1:2])
+    share = own_noise(bank, background[:, 1:2, :, :1, :1], *widths, source.noise_correlation)
+    targets = (filters * (wanted - bank.base)).sum(2)
+    if target is source.stack:
+        targets -= frames * share * variance
+    kinds = bank.kinds[0].flatten(1).T.double().cpu()  # (H W, K)
+    pixels = filters[0].flatten(2).permute(2, 0, 1)  # (H W, N, T)
+    own = (share * (frames * variance * weight).sqrt())[0].flatten(1).T.unsqueeze(2)  # (H W, N, 1)
+    mixed = (targets * weight)[0].flatten(1).double().cpu() @ kinds
+    at = weight.flatten().double().cpu()
+    return _Sums(_by_kind(pixels, kinds, at), mixed.flatten(), _by_kind(own, kinds, torch.ones_like(at)), 1)
+
+
+def _by_kind(values: Tensor, kinds: Tensor, weight: Tensor) -> Tensor:
+    """Sum products of values (pixels, N, T) over frames and, each with each kind, over pixels; (N K, N K)."""
+    count, each = values.shape[1], kinds.shape[1]
+    products = (values @ values.transpose(1, 2)).flatten(1).double().cpu()
+    pairs = (kinds[:, :, None] * kinds[:, None, :] * weight[:, None, None]).flatten(1)
+    return (pairs.T @ products).view(each, each, count, count).permute(2, 0, 3, 1).reshape(count * each, -1)
+
+
+def _expectation_maximization(scenes: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and covariance over scenes of weights (P,), each scene's known by its products and targets only."""
+    products = sum((each.double() for each, _ in scenes), torch.zeros(1, dtype=torch.float64))
     size = products.diagonal()
     ridge = _RIDGE * torch.diag(size + 1e-3 * size.mean())
-    weights = model.filter_weights
-    assert isinstance(weights, Tensor)
-    weights.copy_(torch.linalg.solve(products + ridge, targets).view_as(weights))
+    mean = torch.linalg.solve(products + ridge, torch.stack([targets for _, targets in scenes]).sum(0))
+    covariance = _FIRST_SPREAD**2 * torch.eye(len(mean), dtype=torch.float64)
+    for _ in range(_ROUNDS):
+        precision = torch.linalg.inv(covariance)
+        found, spread = [], torch.zeros_like(covariance)
+        for each, targets in scenes:
+            posterior = torch.cholesky_inverse(torch.linalg.cholesky(each.double() + precision))
+            found.append(posterior @ (targets + precision @ mean))
+            spread += posterior
+        weights = torch.stack(found)
+        mean = weights.mean(0)
+        covariance = (spread + (weights - mean).T @ (weights - mean)) / len(scenes)
+    return mean, covariance
 
 
-def _equations(model: Restormer3D, batch: Patches) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield design matrix (voxels, filters x kinds) and right-hand side (voxels,) of every patch."""
-    config = model.config
-    bank = filter_bank(batch.noisy, batch.background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
-    per_noise = noise_variance(batch.noisy).rsqrt()
-    moving = bank.moving[:, :, ::_EVERY] * per_noise
-    still = (bank.still * per_noise).expand(-1, -1, moving.shape[2], -1, -1)
-    wanted = ((batch.second - bank.base) * per_noise)[:, 0, ::_EVERY]
-    for filters, kinds, right in zip(torch.cat([moving, still], 1), bank.kinds, wanted, strict=True):
-        yield torch.einsum("nthw,khw->thwnk", filters, kinds).flatten(0, 2).flatten(1), right.flatten()
+def _main_modes(covariance: Tensor, importance: Tensor, count: int) -> Tensor:
+    """Directions (count, P), one standard deviation long, in which the filters' sum differs most between scenes.
+
+    `importance` (P, P) says how much a difference of weights changes the sum.
+    """
+    values, vectors = torch.linalg.eigh(importance + _RIDGE * importance.diagonal().mean() * torch.eye(len(importance)))
+    root = (vectors * values.sqrt()) @ vectors.T
+    back = (vectors / values.sqrt()) @ vectors.T
+    spread, directions = torch.linalg.eigh(root @ covariance @ root)
+    return ((directions * spread.clamp(min=0).sqrt()).T @ back).flip(0)[:count]

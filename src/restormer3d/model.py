@@ -16,6 +16,10 @@ from restormer3d import ops
 from restormer3d.config import ModelConfig
 from restormer3d.filters import DETAILS, KINDS, FilterBank, filter_bank
 
+_MODES = 128  # in which the mixture of filters may differ from stack to stack
+_LOCAL_MODES = 40  # the first of them, in which the network lets it differ from place to place; at least all filters
+_FIRST_STEP = 0.15  # of a filter's weight, as a mode, before scenes have shown how they differ
+
 
 class Pointwise(nn.Module):
     """1x1x1 convolution without bias: a matrix product over channels."""
@@ -164,6 +168,9 @@ class Restormer3D(nn.Module):
     for a network that weighs filters instead of painting voxels (`start="filters"`).
     """
 
+    filter_weights: Tensor  # (filters, KINDS): the usual mixture
+    mixture_modes: Tensor  # (modes, filters, KINDS): how stacks differ from it
+
     def __init__(self, config: ModelConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ModelConfig()
@@ -174,13 +181,13 @@ class Restormer3D(nn.Module):
         averages = len(config.sigmas_t)
         broad = averages * sum(sigma > 1 for sigma in config.sigmas_xy)
         inputs = cell * 2 + plane * (averages - 1) + broad + plane * 7
-        self.moving = 1 + averages * (len(config.sigmas_xy) + len(config.sigmas_relative))
-        self.unet = UNet(config, in_channels=inputs, out_channels=cell * self.moving + plane * DETAILS, output_size=1)
+        self.unet = UNet(config, in_channels=inputs, out_channels=cell * _LOCAL_MODES, output_size=1)
         # Starting as a plain filter, the network has nothing to unlearn: its first output is that filter's.
         nn.init.zeros_(self.unet.output.weight)
-        self.register_buffer("filter_weights", _first_mixture(config, self.moving))
+        self.register_buffer("filter_weights", _first_mixture(config))
+        self.register_buffer("mixture_modes", _first_modes(len(self.filter_weights)))
 
-    def forward(self, x: Tensor, background: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, background: Tensor | None = None, mixture: Tensor | None = None) -> Tensor:
         """Denoise windows.
 
         Parameters
@@ -192,6 +199,9 @@ class Restormer3D(nn.Module):
             intensity without light (see `patches.TrainingStack`). Needed by `start="filters"`, not used by
             `start="input"`. While training, the masked voxels' share in the mean has to be that of their
             replacements (see `objectives.blind_spot_loss`).
+        mixture : Tensor, optional
+            Weights of the filters for each window, (B, filters, KINDS), instead of `filter_weights`; windows of
+            several stacks need that in training. One without weights, (B, 0, 0), counts as none.
 
         Returns
         -------
@@ -203,15 +213,34 @@ class Restormer3D(nn.Module):
         if background is None:
             raise ValueError("this network mixes filters and needs `background`, (B, 3, 1, H, W): temporal mean, ...")
         config = self.config
-        bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
-        mixture = _padded(self.unet, _folded_evidence(bank, config.fold))
-        cell = math.prod(config.fold)
-        weights = unfold(mixture[:, : cell * self.moving], config.fold)[:, :, : x.shape[2], : x.shape[3], : x.shape[4]]
-        still = unfold(mixture[:, cell * self.moving :].mean(2, keepdim=True), (1, *config.fold[1:]))
-        still = still[:, :, :, : x.shape[3], : x.shape[4]]
-        fixed = torch.einsum("nk,bkhw->bnhw", self.filter_weights, bank.kinds).unsqueeze(2)
-        moving = ((fixed[:, : self.moving] + weights) * bank.moving).sum(1, keepdim=True)
-        return bank.base + ((fixed[:, self.moving :] + still) * bank.still).sum(1, keepdim=True) + moving
+        usual = self.filter_weights.expand(x.shape[0], -1, -1) if mixture is None or not mixture.numel() else mixture
+        with torch.autocast(x.device.type, enabled=False):  # filters are exact whatever the network's precision
+            bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
+            mixed = _mixed(bank, usual, self.mixture_modes[:_LOCAL_MODES])
+        found = _padded(self.unet, _folded_evidence(bank, config.fold)).to(x.dtype)
+        along = _unfolded_by_pixel(found, config.fold)[:, : x.shape[3], : x.shape[4], :, : x.shape[2]]
+        changes = mixed[..., 0, :] + (along * mixed[..., 1:, :]).sum(3)  # (B, H, W, T)
+        return bank.base + changes.permute(0, 3, 1, 2).unsqueeze(1)
+
+
+def _mixed(bank: FilterBank, usual: Tensor, modes: Tensor) -> Tensor:
+    """Sum the filters with the usual weights (B, N, KINDS), and with those of each mode (M, N, KINDS).
+
+    Returns (B, H, W, 1 + M, T), by pixel: one matrix product each.
+    """
+    weights = torch.cat([usual.unsqueeze(1), modes.expand(len(usual), -1, -1, -1)], 1)
+    per_pixel = torch.einsum("bmnk,bkhw->bhwmn", weights, bank.kinds)
+    mixed = per_pixel[..., : bank.moving.shape[1]] @ bank.moving.permute(0, 3, 4, 1, 2)
+    mixed += per_pixel[..., bank.moving.shape[1] :] @ bank.still.permute(0, 3, 4, 1, 2)
+    return mixed
+
+
+def _unfolded_by_pixel(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """Undo :func:`fold`, and order by pixel: (B, C*ft*fh*fw, T/ft, H/fh, W/fw) to (B, H, W, C, T)."""
+    b, c, t, h, w = x.shape
+    ft, fh, fw = factors
+    x = x.reshape(b, c // (ft * fh * fw), ft, fh, fw, t, h, w)
+    return x.permute(0, 6, 3, 7, 4, 1, 5, 2).reshape(b, h * fh, w * fw, c // (ft * fh * fw), t * ft)
 
 
 def fold(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
@@ -261,9 +290,18 @@ def _padded(unet: nn.Module, x: Tensor) -> Tensor:
     return unet(F.pad(x, pad, mode="replicate"))[:, :, :t, :h, :w] if any(pad) else unet(x)
 
 
-def _first_mixture(config: ModelConfig, moving: int) -> Tensor:
+def _first_mixture(config: ModelConfig) -> Tensor:
     """Weights (filters, KINDS) before any fit: one filter, in the middle, for all pixels."""
-    weights = torch.zeros(moving + DETAILS, KINDS)
     averages = len(config.sigmas_t)
+    moving = 1 + averages * (len(config.sigmas_xy) + len(config.sigmas_relative))
+    weights = torch.zeros(moving + DETAILS, KINDS)
     weights[1 + averages * (len(config.sigmas_xy) + len(config.sigmas_relative) // 2) + averages // 2] = 1.0
     return weights
+
+
+def _first_modes(filters: int) -> Tensor:
+    """Modes (_MODES, filters, KINDS) before any fit: each filter by itself, alike for all kinds of pixels."""
+    modes = torch.zeros(_MODES, filters, KINDS)
+    for number in range(min(filters, _LOCAL_MODES)):
+        modes[number, number] = _FIRST_STEP
+    return modes

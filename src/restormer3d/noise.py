@@ -153,6 +153,20 @@ def blind_spot_extent(estimate: NoiseEstimate, threshold: float = LEAK_THRESHOLD
     return extents[0], extents[1], extents[2]
 
 
+def neighbor_correlation(
+    estimate: NoiseEstimate, extent: tuple[int, int, int]
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Return the correlations of the noise along t, y and x, from lag 0 to what a blind spot of `extent` covers.
+
+    Where they could not be measured they are taken for 0.
+    """
+    t, y, x = (
+        (1.0, *(float(np.nan_to_num(r)) for r in estimate.correlation[axis][:reach]))
+        for axis, reach in zip("tyx", extent, strict=True)
+    )
+    return t, y, x
+
+
 def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.ndarray:
     """Replace the variance of every pixel by what is usual among pixels of its mean intensity.
 

@@ -15,7 +15,9 @@ from restormer3d.filters import noise_variance
 _CANDIDATES = 8  # neighbors tried for each masked voxel before its patch mean is taken
 
 
-def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor) -> Tensor:
+def temporal_median_loss(
+    model: nn.Module, noisy: Tensor, background: Tensor, median: Tensor, mixture: Tensor | None = None
+) -> Tensor:
     """L1 distance of the denoised patches from their stacks' temporal median, broadcast over frames.
 
     Parameters
@@ -28,8 +30,10 @@ def temporal_median_loss(model: nn.Module, noisy: Tensor, background: Tensor, me
         What is known of the whole stacks at these pixels, (B, 3, 1, H, W); see `patches.TrainingStack`.
     median : Tensor
         Temporal median of the whole stacks, (B, 1, 1, H, W).
+    mixture : Tensor, optional
+        Weights of filters for each patch; see `model.Restormer3D`.
     """
-    return (model(noisy, background) - median).abs().mean()
+    return (_denoised(model, noisy, background, mixture) - median).abs().mean()
 
 
 def blind_spot_loss(
@@ -77,8 +81,12 @@ def hide(
     masked_fraction: float,
     extent: tuple[int, int, int],
     generator: torch.Generator,
+    held_out: Tensor | None = None,
+    score: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw the masks of a step: what :func:`masked_loss` needs. Arguments as for :func:`blind_spot_loss`.
+
+    Of the voxels `held_out` (B, 1, T, H, W) none is chosen; to `score`, all of them are and no others.
 
     Returns
     -------
@@ -92,23 +100,38 @@ def hide(
         Voxels that count in the loss, (B, 1, T, H, W).
     """
     # Everywhere on CUDA: counting the hidden voxels would make the host wait for the GPU.
-    masked, chosen = blind_spot(noisy, masked_fraction, extent, generator, everywhere=noisy.is_cuda)
+    masked, chosen = blind_spot(
+        noisy, masked_fraction, extent, generator, everywhere=noisy.is_cuda, chosen=held_out if score else None
+    )
+    if held_out is not None and not score:
+        chosen = chosen & ~held_out
     share = (masked - noisy).sum(2, keepdim=True) / stack_frames.view(-1, 1, 1, 1, 1).to(noisy.dtype)
     background = torch.cat([background[:, :1] + share, background[:, 1:]], 1)
     return masked, background, noisy, chosen
 
 
 def masked_loss(
-    model: nn.Module, masked: Tensor, background: Tensor, noisy: Tensor, chosen: Tensor, *, loss: str
+    model: nn.Module,
+    masked: Tensor,
+    background: Tensor,
+    noisy: Tensor,
+    chosen: Tensor,
+    mixture: Tensor | None = None,
+    *,
+    loss: str,
 ) -> Tensor:
     """Mean loss ("l1", "mse" or "noise") of the prediction on the chosen voxels, from what :func:`hide` returns."""
-    error = torch.where(chosen, model(masked, background) - noisy, 0.0)  # selecting them would need their number
+    error = torch.where(
+        chosen, _denoised(model, masked, background, mixture) - noisy, 0.0
+    )  # selecting them would need their number
     if loss == "noise":
         error = error * noise_variance(masked).rsqrt()
-    return (error.abs() if loss == "l1" else error.square()).sum() / chosen.sum()
+    return (error.abs() if loss == "l1" else error.square()).sum() / chosen.sum().clamp(min=1)
 
 
-def second_recording_loss(model: nn.Module, noisy: Tensor, background: Tensor, second: Tensor) -> Tensor:
+def second_recording_loss(
+    model: nn.Module, noisy: Tensor, background: Tensor, second: Tensor, mixture: Tensor | None = None
+) -> Tensor:
     """Noise2Noise loss: predict one noisy recording of a scene from another.
 
     Every voxel counts, and none has to be hidden, for the noise of the two is independent. Only simulated scenes can
@@ -122,13 +145,21 @@ def second_recording_loss(model: nn.Module, noisy: Tensor, background: Tensor, s
         Patches of the two recordings, (B, 1, T, H, W), in one normalization.
     background : Tensor
         Of the first recording, (B, 3, 1, H, W).
+    mixture : Tensor, optional
+        Weights of filters for each patch; see `model.Restormer3D`.
 
     References
     ----------
     Lehtinen et al., "Noise2Noise: Learning Image Restoration without Clean Data", ICML 2018.
     """
-    error = model(noisy, background) - second
+    error = _denoised(model, noisy, background, mixture) - second
     return (error.square() / noise_variance(noisy)).mean()
+
+
+def _denoised(model: nn.Module, noisy: Tensor, background: Tensor, mixture: Tensor | None) -> Tensor:
+    """Pass a mixture on only if there is one: other models need not know of it."""
+    own = mixture is not None and mixture.numel() > 0
+    return model(noisy, background, mixture) if own else model(noisy, background)
 
 
 def blind_spot(
@@ -138,6 +169,7 @@ def blind_spot(
     generator: torch.Generator,
     *,
     everywhere: bool = False,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose voxels at random and replace them, and all within `extent` of them, by neighbors.
 
@@ -158,6 +190,8 @@ def blind_spot(
     everywhere : bool
         Draw replacements for all voxels and use those of the hidden ones: more work, but no shape depends on the
         draw, so that nothing has to be read back from a GPU. Other replacements, just as random.
+    chosen : Tensor of bool, optional
+        Voxels to replace instead of random ones, (B, 1, T, H, W).
 
     Returns
     -------
@@ -166,7 +200,8 @@ def blind_spot(
     chosen : Tensor of bool
         Voxels that count in the loss, (B, 1, T, H, W).
     """
-    chosen = _choose(noisy, masked_fraction, extent, generator)
+    if chosen is None:
+        chosen = _choose(noisy, masked_fraction, extent, generator)
     hidden = _dilate(chosen, extent)
     flat = hidden.flatten()
     index = torch.arange(flat.numel(), device=flat.device) if everywhere else flat.nonzero().squeeze(1)

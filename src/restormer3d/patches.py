@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,14 @@ class TrainingStack:
     zero : float
         Intensity without light, normalized.
     second : stack of shape (T, H, W), optional
-        The same scene recorded once more, with noise of its own: simulated scenes alone can have that.
+        The same scene recorded once more, with noise of its own, or the mean of several such recordings: simulated
+        scenes alone can have that.
     thinning : Thinning or None
         How patches lose photons; None leaves them as recorded.
+    noise_correlation : tuple of tuple of float
+        Correlation of a voxel's noise with that of its neighbors along frames, rows and columns, from lag 0 on.
+    mixture : numpy.ndarray, optional
+        Weights of filters (filters, KINDS) for this stack instead of the model's.
     """
 
     stack: Any
@@ -44,6 +49,8 @@ class TrainingStack:
     zero: float = 0.0
     second: Any = None
     thinning: Thinning | None = None
+    noise_correlation: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]] = ((1.0,), (1.0,), (1.0,))
+    mixture: np.ndarray | None = None
 
     @property
     def background(self) -> np.ndarray:
@@ -69,6 +76,10 @@ class Patches:
         Frames of each stack, (B,).
     second : Tensor
         The same patches recorded once more, (B, 1, T, H, W); of no frames, (B, 1, 0, H, W), if not all have that.
+    held_out : Tensor of bool
+        Voxels never to be trained on, (B, 1, T, H, W).
+    mixture : Tensor
+        Weights of filters for each patch, (B, filters, KINDS), or (B, 0, 0) where not all stacks have their own.
     blind_spot : tuple of int
         Half-extent that all need.
     """
@@ -78,27 +89,22 @@ class Patches:
     median: Tensor
     stack_frames: Tensor
     second: Tensor
+    held_out: Tensor
+    mixture: Tensor
     blind_spot: tuple[int, int, int]
 
     def to(self, device: torch.device) -> Patches:
         """Copy the batch to a device."""
-        return Patches(
-            *(
-                value.to(device, non_blocking=True)
-                for value in (self.noisy, self.background, self.median, self.stack_frames, self.second)
-            ),
-            blind_spot=self.blind_spot,
-        )
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> Patches:
         """Copy the batch to memory from which a GPU fetches it while the host goes on."""
-        return Patches(
-            *(
-                value.pin_memory()
-                for value in (self.noisy, self.background, self.median, self.stack_frames, self.second)
-            ),
-            blind_spot=self.blind_spot,
-        )
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Patches:
+        tensors = (self.noisy, self.background, self.median, self.stack_frames)
+        others = (self.second, self.held_out, self.mixture)
+        return Patches(*map(function, tensors + others), blind_spot=self.blind_spot)
 
 
 def training_stack(
@@ -121,7 +127,11 @@ def training_stack(
 
 
 def random_patches(
-    stacks: Sequence[TrainingStack], patch: tuple[int, int, int], batch_size: int, rng: np.random.Generator
+    stacks: Sequence[TrainingStack],
+    patch: tuple[int, int, int],
+    batch_size: int,
+    rng: np.random.Generator,
+    held_out: float = 0.0,
 ) -> Patches:
     """Draw a batch of patches at random places of random stacks, each turned or flipped in the plane.
 
@@ -135,6 +145,8 @@ def random_patches(
         Patches in the batch.
     rng : numpy.random.Generator
         Of places and symmetries.
+    held_out : float
+        Share of the voxels that are marked as held out: always the same ones of a stack.
 
     Returns
     -------
@@ -147,18 +159,20 @@ def random_patches(
     reach = [max(each.blind_spot[axis] for each in drawn) for axis in range(3)]
     # Turning by 90 degrees would exchange the axes of the noise's correlation and the sides of the patch.
     may_turn = size[1] == size[2] and reach[1] == reach[2]
-    parts = [_random_patch(each, size, may_turn, rng) for each in drawn]
-    noisy, background, median, second = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*parts, strict=True))
+    parts = [_random_patch(each, size, may_turn, rng, held_out) for each in drawn]
+    noisy, background, median, second, out = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*parts, strict=True))
     frames = torch.tensor([each.stack.shape[0] for each in drawn], dtype=torch.float32)
     if any(each.second is None for each in drawn):
         second = second[:, :, :0]
-    return Patches(noisy, background, median, frames, second, (reach[0], reach[1], reach[2]))
+    mixtures = [each.mixture for each in drawn if each.mixture is not None]
+    mixture = torch.from_numpy(np.stack(mixtures)) if len(mixtures) == len(drawn) else torch.zeros(len(drawn), 0, 0)
+    return Patches(noisy, background, median, frames, second, out, mixture, (reach[0], reach[1], reach[2]))
 
 
 def _random_patch(
-    source: TrainingStack, size: list[int], may_turn: bool, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Noisy frames, background, median and second recording of a place, each (channels, frames, rows, columns)."""
+    source: TrainingStack, size: list[int], may_turn: bool, rng: np.random.Generator, held_out: float
+) -> tuple[np.ndarray, ...]:
+    """Fields of `Patches` at a place but for `stack_frames`, each (channels, frames, rows, columns)."""
     t, y, x = (
         slice(start, start + length)
         for length, full in zip(size, source.stack.shape, strict=True)
@@ -178,7 +192,18 @@ def _random_patch(
 
     second = noisy if source.second is None else source.normalization.apply(source.second[t, y, x])
     background = source.background_of(mean, zero)
-    return orient(noisy[None]), orient(background), orient(median[None]), orient(second[None])
+    out = _held_out((t, y, x), held_out)
+    return orient(noisy[None]), orient(background), orient(median[None]), orient(second[None]), orient(out[None])
+
+
+def _held_out(place: tuple[slice, slice, slice], share: float) -> np.ndarray:
+    """Voxels (T, H, W) whose scrambled place is among the lowest `share`: the same ones in whatever patch."""
+    t, y, x = (np.arange(along.start, along.stop, dtype=np.uint64) for along in place)
+    mixed = t[:, None, None] * np.uint64(0x9E3779B97F4A7C15)
+    mixed = mixed + y[:, None] * np.uint64(0xC2B2AE3D27D4EB4F) + x * np.uint64(0x165667B19E3779F9)
+    for shift, factor in ((33, 0xFF51AFD7ED558CCD), (29, 0xC4CEB9FE1A85EC53)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed < np.uint64(int(share * 2**64))
 
 
 def _thinned(

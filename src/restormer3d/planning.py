@@ -22,6 +22,7 @@ from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingCon
 from restormer3d.inference import count_windows
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
+from restormer3d.selection import CHECKS, ITERATIONS_PER_BATCH
 from restormer3d.training import fit
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
@@ -179,6 +180,7 @@ def pretraining_settings(
     file = _read_toml(config_file)
     model, training, _ = recipe(recipe_name, pretrained=False)
     page = {"batch_size": 4, "warmup_iterations": 2000, "iterations": 48_000, "weight_decay": 1e-5}
+    page |= {"held_out": 0.0, "adapt_mixture": False}  # both belong to one stack
     page |= {"learning_rate": 3e-4, "loss": "l1"} if recipe_name == "published" else {"warmup_iterations": 0}
     given = _given(iterations=iterations, batch_size=batch_size, patch=patch, seed=seed)
     training = _changed(training, page | file.get("training", {}) | given)
@@ -247,7 +249,7 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
     precision = usable(chosen.engine, chosen.precision, device)[1]
     marks: list[float] = []
     if chosen.training.iterations:
-        few = {"iterations": _GRAPH_ITERATIONS if device.type == "cuda" else 2, "warmup_iterations": 0}
+        few = {"iterations": _GRAPH_ITERATIONS if device.type == "cuda" else 2, "warmup_iterations": 0, "held_out": 0.0}
         training = chosen.training.model_copy(update=few)
         fit(
             trial,
@@ -259,7 +261,12 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
         )
     window = [min(pair) for pair in zip(chosen.inference.window, source.stack.shape, strict=True)]
     per_window = _seconds_per_window(trial.to(device), window, chosen.inference.batch_size, device, precision)
-    return Calibration(marks[-1] - marks[-2] if marks else 0.0, per_window)
+    checks = (
+        (CHECKS + 1) / ITERATIONS_PER_BATCH * chosen.training.batch_size * per_window
+        if chosen.training.held_out
+        else 0.0
+    )
+    return Calibration(marks[-1] - marks[-2] + checks if marks else 0.0, per_window)
 
 
 def _now(device: torch.device) -> float:

@@ -8,32 +8,36 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from restormer3d.arithmetic import Precision
 from restormer3d.checkpoint import CheckpointError, save_weights
 from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
 from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.mixture import fit_mixture
+from restormer3d.mixture import adapted_mixture, fit_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import blind_spot_extent, estimate_noise
-from restormer3d.patches import Patches, TrainingStack, random_patches, training_stack
+from restormer3d.noise import blind_spot_extent, estimate_noise, neighbor_correlation
+from restormer3d.patches import TrainingStack, training_stack
 from restormer3d.simulation import NoisyScene, noise_parameters, random_scene_parameters, simulate_scene
 from restormer3d.stacks import open_stack
 from restormer3d.thinning import prepare_thinning
 from restormer3d.training import Progress, fit
 
-_ITERATIONS_PER_SCENE = 3  # a new simulated scene replaces the oldest in the pool after so many iterations
+_ITERATIONS_PER_SCENE = 8  # a new simulated scene replaces the oldest in the pool after so many iterations
 _POOL = 6  # simulated scenes that batches are drawn from at one time
-_MIXTURE_SCENES = 200  # that the fixed mixture of filters is fitted to
+_RECORDINGS = 8  # further noisy recordings of a simulated scene, which the network learns to predict together
+_SCENE_WINDOWS = 4  # of a simulated scene, that its mixture of filters is fitted to
+_RECORDING_WINDOWS = 100  # of a recording
+_MIXTURE_SCENES = 240  # that the fixed mixture of filters is fitted to
 _VALIDATION_SHAPE = (128, 64, 64)
 _VALIDATION_SEED = 9_000_000  # far from the seeds of training scenes and of the quality table
 
@@ -48,6 +52,7 @@ def pretrain(
     scene_shape: tuple[int, int, int] = (320, 80, 80),
     weights: Restormer3D | None = None,
     device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
     resume: bool = False,
     save_every: int = 500,
     tensorboard: bool = False,
@@ -76,6 +81,8 @@ def pretrain(
         A model to go on from; by default a new one, with initial weights drawn from the seed.
     device : str or torch.device
         Where to compute.
+    precision : {"fp32", "tf32", "bf16"}
+        Of the network's arithmetic; the weights stay float32.
     resume : bool
         Go on with the run in `run_folder`.
     save_every : int
@@ -106,7 +113,6 @@ def pretrain(
     if state.exists() and not resume:
         raise CheckpointError(f"{run_folder}: holds a run already; go on with --resume, or choose another folder")
     run_folder.mkdir(parents=True, exist_ok=True)
-    recorded = [_recorded(path, training) for path in files]
     path = run_folder / "weights.safetensors"
     notes = {
         "stacks": [file.name for file in files],
@@ -116,7 +122,7 @@ def pretrain(
     }
 
     def keep(history: list[dict[str, Any]], model: Restormer3D) -> None:
-        history[-1]["validation"] = validate(model, training.patch, device)
+        history[-1]["validation"] = validate(model, training.patch, device, precision)
         _keep(run_folder, history, model, notes)
         if board is not None:
             _report(board, run_folder / "tensorboard", history)
@@ -125,12 +131,25 @@ def pretrain(
     model = weights or Restormer3D(model_config)
     paired = training.simulated_target == "second_recording" and simulate > 0
     if paired and weights is None and model.config.start == "filters" and not state.exists():
-        fit_mixture(model, _pairs(training, simulate, scene_shape))
+        scenes = range(min(_MIXTURE_SCENES, simulate))
+        fit_mixture(model, (_simulated(training.seed, n, scene_shape, 1) for n in scenes), training.patch)
+
+    # Mixtures are fitted when they are needed: a run that resumes has its model's by then.
+    @cache
+    def recording(file: Path) -> TrainingStack:
+        return _adapted(model, _recorded(file, training), training.patch, _RECORDING_WINDOWS)
+
+    @lru_cache(maxsize=2 * _POOL)
+    def scene(number: int) -> TrainingStack:
+        simulated = _simulated(training.seed, number, scene_shape, paired * _RECORDINGS)
+        return _adapted(model, simulated, training.patch, _SCENE_WINDOWS)
+
     fit(
         model,
-        lambda iteration: [*recorded, *_simulated_pool(iteration, training.seed, simulate, scene_shape, paired)],
+        lambda iteration: [*map(recording, files), *map(scene, _pool(iteration, simulate))],
         training,
         device=device,
+        precision=precision,
         progress=progress,
         state_file=state,
         save_every=save_every,
@@ -188,18 +207,30 @@ def stack_files(stacks: Sequence[Path]) -> list[Path]:
     return found
 
 
-def validate(model: Restormer3D, window: tuple[int, int, int], device: str | torch.device) -> dict[str, float]:
-    """Stacked stSNR (dB) without fine-tuning on one simulated scene at each of the three noise levels."""
-    was_training = model.training
+def validate(
+    model: Restormer3D,
+    window: tuple[int, int, int],
+    device: str | torch.device,
+    precision: Precision = "fp32",
+) -> dict[str, float]:
+    """StSNR and activity SNR (dB), without fine-tuning, on one simulated scene at each of the three noise levels."""
+    was_training, usual = model.training, model.filter_weights if model.config.start == "filters" else None
     config = InferenceConfig(window=window, overlap_xy=0.25)
     scores = {}
     for level in (1, 2, 3):
         scene = _validation_scene()
         gain, read_noise = noise_parameters(level)
         noisy = NoisyScene(scene, gain, read_noise, seed=_VALIDATION_SEED + level)[:]
-        source = training_stack(noisy)
-        frames = denoise_frames(model, noisy, source.normalization, source.background, config, device=device)
-        scores[f"stsnr_level{level}"] = evaluate_stacks(scene[:], np.stack(list(frames)))["stsnr"]
+        source = _adapted(model, training_stack(noisy), window, _SCENE_WINDOWS)
+        if usual is not None and source.mixture is not None:
+            model.filter_weights = torch.from_numpy(source.mixture).to(usual)
+        frames = denoise_frames(
+            model, noisy, source.normalization, source.background, config, device=device, precision=precision
+        )
+        found = evaluate_stacks(scene[:], np.stack(list(frames)))
+        scores |= {f"stsnr_level{level}": found["stsnr"], f"activity_snr_level{level}": found["activity_snr"]}
+        if usual is not None:
+            model.filter_weights = usual
     model.train(was_training)
     return scores
 
@@ -213,36 +244,47 @@ def _recorded(path: Path, training: TrainingConfig) -> TrainingStack:
     stack = open_stack(path)
     noise = estimate_noise(stack)
     extent = training.blind_spot
-    source = training_stack(stack, blind_spot_extent(noise) if extent == "auto" else extent, zero=noise.offset)
+    extent = blind_spot_extent(noise) if extent == "auto" else extent
+    source = training_stack(stack, extent, zero=noise.offset)
+    source = replace(source, noise_correlation=neighbor_correlation(noise, extent))
     mean = source.normalization.invert(source.mean)
     return replace(source, thinning=prepare_thinning(stack, mean, source.normalization, noise, training.thinning))
 
 
-def _pairs(training: TrainingConfig, count: int, shape: tuple[int, int, int]) -> Iterator[Patches]:
-    """One patch of each of the first scenes, with its second recording."""
-    for number in range(min(_MIXTURE_SCENES, count)):
-        rng = np.random.default_rng([training.seed, 2, number])
-        yield random_patches([_simulated(training.seed, number, shape, True)], training.patch, 1, rng)
+def _adapted(
+    model: Restormer3D, source: TrainingStack, window: tuple[int, int, int], most_windows: int
+) -> TrainingStack:
+    """Give a stack a mixture of filters of its own, as denoising does, if the model has filters."""
+    if model.config.start != "filters":
+        return source
+    mixture, _ = adapted_mixture(model, source, window, most_windows=most_windows)
+    return replace(source, mixture=mixture.cpu().numpy())
 
 
-def _simulated_pool(
-    iteration: int, seed: int, count: int, shape: tuple[int, int, int], paired: bool
-) -> list[TrainingStack]:
-    """The scenes that an iteration draws from: the newest few of an endless row, which repeats after `count`."""
+def _pool(iteration: int, count: int) -> list[int]:
+    """Scenes that an iteration draws from: the newest few of an endless row, which repeats after `count`."""
     newest = iteration // _ITERATIONS_PER_SCENE
-    return [_simulated(seed, number % count, shape, paired) for number in range(newest, newest + min(_POOL, count))]
+    return [number % count for number in range(newest, newest + min(_POOL, count))]
 
 
-@lru_cache(maxsize=2 * _POOL)
-def _simulated(seed: int, number: int, shape: tuple[int, int, int], paired: bool) -> TrainingStack:
-    """Simulate a noisy recording, `paired` with a second one whose noise is independent."""
+def _mean(recordings: list[NoisyScene]) -> np.ndarray:
+    total = np.zeros(recordings[0].shape, np.float32)
+    for recording in recordings:
+        total += recording[:]
+    return total / len(recordings)
+
+
+@lru_cache(maxsize=2)
+def _simulated(seed: int, number: int, shape: tuple[int, int, int], recordings: int) -> TrainingStack:
+    """Simulate a noisy recording, with the mean of so many further ones whose noise is independent."""
     rng = np.random.default_rng([seed, 1, number])
     parameters = random_scene_parameters(rng)
     frames = int(rng.integers(2 * shape[0] // 5, shape[0] + 1))
     scene = simulate_scene((frames, *shape[1:]), seed=int(rng.integers(2**31)), **parameters["scene"])
     detector = parameters["detector"]
-    noisy, second = (NoisyScene(scene, seed=int(rng.integers(2**31)), **detector) for _ in range(2))
+    noisy, *others = (NoisyScene(scene, seed=int(rng.integers(2**31)), **detector) for _ in range(1 + recordings))
     correlation_x, correlation_y = detector["correlation"]
     # The correlation is known here: measuring it again would only cost time.
     extent = (0, int(correlation_y > 0.05), int(correlation_x > 0.05))
-    return training_stack(noisy[:], extent, second=second[:] if paired else None)
+    source = training_stack(noisy[:], extent, second=_mean(others) if others else None)
+    return replace(source, noise_correlation=((1.0,), (1.0, correlation_y), (1.0, correlation_x)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from restormer3d import ops
 from restormer3d.arithmetic import Precision
 from restormer3d.checkpoint import file_sha256
 from restormer3d.patches import TrainingStack
@@ -45,7 +48,7 @@ def sidecar(
     dict
         JSON-serializable but for tuples and numpy scalars.
     """
-    packages = ("restormer3d", "torch", "numpy", "numba", "tifffile")
+    packages = ("restormer3d", "torch", "triton", "numpy", "numba", "tifffile")
     return {
         "input": {
             "file": str(stack.path),
@@ -59,8 +62,13 @@ def sidecar(
         **record,
         "total_seconds": seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | _versions(packages),
     }
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    return {name: version(name) for name in packages if find_spec(name) is not None}
 
 
 def network_record(
@@ -89,11 +97,15 @@ def network_record(
         "seed": chosen.training.seed,
         "device": str(device),
         "engine": engine,
+        "not_engine_cuda": ops.why_not_cuda(device) if device.type == "cuda" and engine != "cuda" else None,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "normalization": asdict(source.normalization),
         "blind_spot": source.blind_spot,
         "losses": history[:: max(1, len(history) // _LOSS_POINTS)],
+        "held_out": {
+            name: history[-1][name] for name in ("held_out", "kept_iteration") if history and name in history[-1]
+        },
     }
 
 

@@ -29,6 +29,7 @@ from restormer3d.distributed import average_gradients, is_first, part_of_batch
 from restormer3d.model import Restormer3D
 from restormer3d.objectives import hide, masked_loss, second_recording_loss, temporal_median_loss
 from restormer3d.patches import Patches, TrainingStack, random_patches
+from restormer3d.selection import BestWeights, check_iterations
 
 StackSource = Sequence[TrainingStack] | Callable[[int], Sequence[TrainingStack]]
 Progress = Callable[[str, int, int], None]
@@ -84,10 +85,13 @@ def fit(
     Returns
     -------
     list of dict
-        One entry per iteration: iteration, stage, loss, learning_rate, seconds since the start.
+        One entry per iteration: iteration, stage, loss, learning_rate, seconds since the start. With `held_out`, the
+        last one also has `held_out`, the loss on those voxels by iteration, and `kept_iteration`, the best.
 
     Raises
     ------
+    ValueError
+        If voxels are held out and the stacks change with the iteration.
     DivergenceError
         If the loss is not finite; on CUDA a few iterations late.
     CheckpointError
@@ -99,10 +103,13 @@ def fit(
     optimizer = _optimizer(model, config, device)
     average = copy.deepcopy(model).requires_grad_(False)
     history: list[dict[str, Any]] = []
+    best = _best_weights(stacks, config, device, precision)
     if state is not None and state.exists():
-        history = _resume(state, config, model, average, optimizer)
+        history = _resume(state, config, model, average, optimizer, best)
     step = partial(_step, model, optimizer, config, device, precision)
     take_step = GraphedStep(step) if device.type == "cuda" else step
+    if best is not None and not history:
+        best.look(model, 0)
     unread: list[Tensor] = []
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     first = len(history)
@@ -115,19 +122,35 @@ def fit(
         history.append(
             {"iteration": iteration + 1, "stage": stage, "loss": None, "learning_rate": rate, "seconds": seconds}
         )
+        if best is not None and iteration + 1 in check_iterations(total):
+            best.look(average if config.ema_decay else model, iteration + 1)
         saving = (iteration + 1) % save_every == 0 or iteration + 1 == total
         if device.type != "cuda" or saving or len(unread) == _LOSSES_AT_ONCE:
             _read_losses(history, unread)
         if state is not None and saving and is_first():
             if on_save is not None:
                 on_save(history, average if config.ema_decay else model)
-            _save(state, config, model, average, optimizer, history)
+            _save(state, config, model, average, optimizer, history, best)
         if progress is not None:
             progress("train", iteration + 1, total)
     if config.ema_decay and total:
         model.load_state_dict(average.state_dict())
+    if best is not None:
+        best.restore(model)
+        history[-1] |= {"held_out": best.scores, "kept_iteration": best.kept}
     model.eval()
     return history
+
+
+def _best_weights(
+    stacks: StackSource, config: TrainingConfig, device: torch.device, precision: Precision
+) -> BestWeights | None:
+    """What chooses among the weights of a training, if voxels are held out for that."""
+    if not config.held_out or config.warmup_iterations + config.iterations == 0:
+        return None
+    if callable(stacks):
+        raise ValueError("held_out: always the same voxels are compared, so the stacks have to be the same throughout")
+    return BestWeights(stacks, config, device, precision)
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
@@ -164,7 +187,7 @@ def _batches(
         rng = np.random.default_rng([config.seed, iteration])
         mask_seed = int(rng.integers(2**62))
         sources = stacks(iteration) if callable(stacks) else stacks
-        batch = random_patches(sources, config.patch, config.batch_size, rng)
+        batch = random_patches(sources, config.patch, config.batch_size, rng, config.held_out)
         return (batch.pin_memory() if device.type == "cuda" else batch), mask_seed
 
     if device.type != "cuda":
@@ -189,9 +212,11 @@ def _objective(
     batch, mask_seed = drawn[0].to(device), drawn[1]
     part = part_of_batch(config.batch_size)
     if iteration < config.warmup_iterations:
-        return (temporal_median_loss, batch.noisy[part], batch.background[part], batch.median[part])
+        shown = batch.noisy, batch.background, batch.median, batch.mixture
+        return (temporal_median_loss, *(value[part] for value in shown))
     if batch.second.numel():
-        return (second_recording_loss, batch.noisy[part], batch.background[part], batch.second[part])
+        shown = batch.noisy, batch.background, batch.second, batch.mixture
+        return (second_recording_loss, *(value[part] for value in shown))
     generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(mask_seed)
     inputs = hide(
         batch.noisy,
@@ -200,9 +225,10 @@ def _objective(
         masked_fraction=config.masked_fraction,
         extent=batch.blind_spot,
         generator=generator,
+        held_out=batch.held_out,
     )
     # Masks are drawn for the whole batch, so that they do not depend on how it is shared out.
-    return (_MASKED_LOSSES[config.loss], *(value[part] for value in inputs))
+    return (_MASKED_LOSSES[config.loss], *(value[part] for value in (*inputs, batch.mixture)))
 
 
 def _step(
@@ -260,6 +286,7 @@ def _save(
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
     history: list[dict[str, Any]],
+    best: BestWeights | None,
 ) -> None:
     state = {
         "config": config.model_dump_json(),
@@ -267,6 +294,7 @@ def _save(
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
         "history": history,
+        "best": best.state_dict() if best is not None else None,
     }
     save_state(path, state)
 
@@ -277,6 +305,7 @@ def _resume(
     model: nn.Module,
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
+    best: BestWeights | None,
 ) -> list[dict[str, Any]]:
     state = load_state(path)
     if not _same_settings(state["config"], config):
@@ -289,6 +318,8 @@ def _resume(
     for kept, now in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
         kept |= {"capturable": now["capturable"], "lr": now["lr"]}  # they depend on the device, not on the training
     optimizer.load_state_dict(state["optimizer"])
+    if best is not None:
+        best.load_state_dict(state["best"])
     return list(state["history"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +20,10 @@ from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, 
 from restormer3d.checkpoint import save_weights
 from restormer3d.config import Recipe
 from restormer3d.inference import denoise_frames
+from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import blind_spot_extent, estimate_noise
+from restormer3d.noise import blind_spot_extent, estimate_noise, neighbor_correlation
+from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, training_stack
 from restormer3d.planning import (
     Pretrained,
@@ -42,6 +45,7 @@ Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
+_ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
 
 
@@ -152,15 +156,19 @@ def denoise_array(
     method: Method = "restormer3d",
     device: str = "auto",
     time_limit: float | None = None,
+    pretrained: Pretrained | None = None,
     progress: Progress = _silent,
     say: Say = _silent,
 ) -> np.ndarray:
-    """Denoise a stack of shape (T, H, W) to an array; as :func:`denoise`, with settings put together before."""
+    """Denoise a stack of shape (T, H, W) to an array; as :func:`denoise`, with settings put together before.
+
+    `pretrained` are the weights of `chosen`, if the caller has read them already.
+    """
     check_stack(stack)
     seconds = None if time_limit is None else 60 * time_limit
     output = np.empty(stack.shape, stack.dtype)
     with forced_engine(chosen.engine):  # frames are computed as they are asked for
-        result = _denoised(stack, chosen, method, torch_device(device), seconds, progress, say)
+        result = _denoised(stack, chosen, method, torch_device(device), seconds, progress, say, pretrained)
         for t, frame in enumerate(result.frames):
             output[t] = to_dtype(frame, stack.dtype)[0]
     return output
@@ -300,6 +308,7 @@ def _denoised(
         say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
     source, noise = _source(stack, chosen, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
+    adapted = _adapt(model, source, chosen, device, seconds, say)
     calibration = calibrate(model, source, chosen, device)
     if seconds is not None:
         remaining = seconds - (time.monotonic() - started)
@@ -315,6 +324,8 @@ def _denoised(
         f"about {_duration(expected)} and {memory / 1e9:.1f} GB on {device} ({_compute(device, engine, precision)}): "
         f"{training_plan(chosen)}"
     )
+    if device.type == "cuda" and (obstacle := why_not_cuda(device)):
+        say(f"plain PyTorch computes on this GPU, which is slower than the Triton kernels: {obstacle}")
     prepared = time.monotonic()
     history = fit(model, [source], chosen.training, device=device, precision=precision, progress=progress)
     weights = pretrained.weights if pretrained else weights_record(chosen)
@@ -330,7 +341,24 @@ def _denoised(
         precision=precision,
         progress=progress,
     )
-    return Denoised(frames, record | {"noise": noise, "seconds": seconds_spent}, model)
+    return Denoised(frames, record | {"noise": noise, "mixture": adapted, "seconds": seconds_spent}, model)
+
+
+def _adapt(
+    model: Restormer3D,
+    source: TrainingStack,
+    chosen: Settings,
+    device: torch.device,
+    seconds: float | None,
+    say: Say,
+) -> dict[str, float]:
+    """Fit the mixture of filters to the stack, if the network has one and the stack more than one frame."""
+    if not chosen.training.adapt_mixture or model.config.start != "filters" or source.stack.shape[0] < 2:
+        return {}
+    limit = math.inf if seconds is None else _ADAPTING * seconds
+    model.filter_weights, adapted = adapted_mixture(model.to(device), source, chosen.inference.window, seconds=limit)
+    say(f"the mixture of filters is fitted to the stack: {adapted['distance']:.1f} of the usual spread away")
+    return adapted
 
 
 def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict[str, Any]]:
@@ -347,7 +375,10 @@ def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict
                 + " (frames x rows x columns)"
             )
     assert not isinstance(extent, str)
-    return replace(source, blind_spot=extent), asdict(noise) if noise else {}
+    if noise is None:
+        return replace(source, blind_spot=extent), {}
+    correlation = neighbor_correlation(noise, extent)
+    return replace(source, blind_spot=extent, noise_correlation=correlation), asdict(noise)
 
 
 def _filtered(stack: Any, chosen: Settings, method: Method, progress: Progress, say: Say) -> Denoised:

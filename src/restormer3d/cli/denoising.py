@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from restormer3d.cli.terminal import Methods, app, progress_bars, refuse, say, set_threads
+from restormer3d.cli.terminal import Engines, Methods, Precisions, app, progress_bars, refuse, say, set_threads
 
 
 @app.command
@@ -29,8 +29,8 @@ def denoise(
     symmetries: Literal[1, 4, 8] | None = None,
     sigma: Annotated[tuple[float, float] | None, Parameter(negative="")] = None,
     device: str = "auto",
-    engine: Literal["auto", "reference", "cpu", "cuda"] = "auto",
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+    engine: Engines = "auto",
+    precision: Precisions = "fp32",
     threads: int | None = None,
     time_limit: float | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from restormer3d.cli.terminal import Methods, app, progress_bars, refuse, say, set_threads
+from restormer3d.cli.terminal import Engines, Methods, Precisions, app, progress_bars, refuse, say, set_threads
 
 
 @app.command
@@ -24,7 +24,10 @@ def evaluate(
     real: Annotated[bool, Parameter(negative="")] = False,
     methods: Annotated[list[Methods] | None, Parameter(negative="", consume_multiple=True)] = None,
     iterations: int | None = None,
+    blind_spot: str | None = None,
     device: str = "auto",
+    engine: Engines = "auto",
+    precision: Precisions = "fp32",
     time_limit: float | None = None,
     json: Path | None = None,
 ) -> int:
@@ -53,8 +56,14 @@ def evaluate(
         With --real: what to compare; by default all.
     iterations
         With --real: Noise2Void iterations of the network.
+    blind_spot
+        With --real: auto, point, or axes and odd widths such as x3 or x3y3.
     device
         auto, cpu, cuda or mps.
+    engine
+        What computes the slow operators; by default the one of the device.
+    precision
+        Of the network's arithmetic.
     time_limit
         With --real: minutes for each denoising.
     json
@@ -68,7 +77,7 @@ def evaluate(
             raise ValueError("--real needs the recording: evaluate --real STACK")
         if not real and (clean is None or denoised is None):
             raise ValueError("give --clean and --denoised, or --real and a recording")
-        chosen = settings(iterations=iterations)
+        chosen = settings(iterations=iterations, blind_spot=blind_spot, engine=engine, precision=precision)
     except ValueError as error:
         return refuse(error)
     try:
@@ -168,6 +177,8 @@ def pretrain(
     seed: int | None = None,
     weights: Path | None = None,
     device: str = "auto",
+    engine: Engines = "auto",
+    precision: Precisions = "fp32",
     threads: int | None = None,
     save_every: int = 500,
     resume: Annotated[bool, Parameter(negative="")] = False,
@@ -200,6 +211,10 @@ def pretrain(
         A weights file to go on from.
     device
         auto, cpu, cuda or mps.
+    engine
+        What computes the slow operators; by default the one of the device.
+    precision
+        Of the network's arithmetic.
     threads
         CPU threads; by default all cores.
     save_every
@@ -211,6 +226,7 @@ def pretrain(
     config
         TOML file with tables [model] and [training].
     """
+    from restormer3d.arithmetic import forced_engine, usable
     from restormer3d.checkpoint import load_weights
     from restormer3d.distributed import is_first, joined_processes
     from restormer3d.planning import pretraining_settings, torch_device
@@ -221,7 +237,8 @@ def pretrain(
         model, training = pretraining_settings(
             recipe, iterations=iterations, batch_size=batch_size, patch=patch, seed=seed, config_file=config
         )
-        with joined_processes(torch_device(device)) as place, progress_bars() as progress:
+        with forced_engine(engine), joined_processes(torch_device(device)) as place, progress_bars() as progress:
+            _, usable_precision = usable(engine, precision, place)
             path = pretrain(
                 stacks or [],
                 output,
@@ -230,6 +247,7 @@ def pretrain(
                 simulate=simulate,
                 weights=None if weights is None else load_weights(weights),
                 device=place,
+                precision=usable_precision,
                 resume=resume,
                 save_every=save_every,
                 tensorboard=tensorboard,

@@ -16,6 +16,8 @@ app = App(
 )
 
 Methods = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
+Engines = Literal["auto", "reference", "cpu", "cuda"]
+Precisions = Literal["fp32", "tf32", "bf16"]
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _STAGES = {"check": "reading", "train": "training", "denoise": "denoising", "svd": "denoising"}

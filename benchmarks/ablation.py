@@ -1,0 +1,132 @@
+"""What each part of the default recipe brings: `python -m benchmarks.ablation` leaves them out one by one.
+
+On a simulated scene that is neither in training nor in the quality table. Each cell is kept as one JSON file: a run
+that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from cyclopts import App, Parameter
+
+from benchmarks.cells import write_json
+from benchmarks.tables import put_between
+from restormer3d.checkpoint import file_sha256
+from restormer3d.metrics import evaluate_stacks
+from restormer3d.planning import Pretrained, Settings, build_model, settings
+from restormer3d.sidecar import weights_record
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
+from restormer3d.workflow import denoise_array
+
+BEGIN = "<!-- ablation table: begin (written by benchmarks.ablation --write; edit nothing here by hand) -->"
+END = "<!-- ablation table: end -->"
+_SEED = 9_100_000
+_Change = dict[str, dict[str, Any]]
+_AS_THEY_ARE: _Change = {"training": {"iterations": 0}}
+ROWS: dict[str, tuple[bool, _Change]] = {
+    "**as they are: not fine-tuned**": (True, _AS_THEY_ARE),
+    "the mixture of filters not fitted to the stack": (True, {"training": {"iterations": 0, "adapt_mixture": False}}),
+    "the fitted mixture alone, without the network": (False, _AS_THEY_ARE),
+    "the usual mixture alone": (False, {"training": {"iterations": 0, "adapt_mixture": False}}),
+    "averaged over eight symmetries": (True, _AS_THEY_ARE | {"inference": {"symmetries": 8}}),
+    "windows of 64 frames": (True, _AS_THEY_ARE | {"inference": {"window": (64, 48, 48)}}),
+    "windows of 32 frames": (True, _AS_THEY_ARE | {"inference": {"window": (32, 48, 48)}}),
+    "**fine-tuned**": (True, {}),
+    "fine-tuned, mixture not fitted": (True, {"training": {"adapt_mixture": False}}),
+    "fine-tuned, the last weights kept": (True, {"training": {"held_out": 0.0}}),
+    "fine-tuned, L1": (True, {"training": {"loss": "l1"}}),
+    "fine-tuned, learning rate 3e-4": (True, {"training": {"learning_rate": 3e-4}}),
+}
+"""Whether the network has a part in it, and what differs from the default settings, by row."""
+
+app = App(name="python -m benchmarks.ablation", help_format="plaintext")
+
+
+@app.default
+def ablation(
+    *,
+    shape: Annotated[tuple[int, int, int], Parameter(negative="")] = (200, 96, 96),
+    levels: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")] = (1, 2, 3),
+    iterations: int = 100,
+    folder: Path = Path("runs/ablation"),
+    write: Path | None = None,
+) -> int:
+    """Fill the ablation table; resumes where it was stopped.
+
+    Parameters
+    ----------
+    shape
+        Frames, rows and columns of the simulated scene.
+    levels
+        Noise levels: 1, 2, 3.
+    iterations
+        Of the fine-tuned rows.
+    folder
+        Where the cells are kept.
+    write
+        Markdown file whose table is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scene = simulate_scene(shape, seed=_SEED)
+    lines = [f"| {shape[0]} x {shape[1]} x {shape[2]} | " + " | ".join(f"level {level}" for level in levels) + " |"]
+    lines.append("|---" * (1 + len(levels)) + "|")
+    for label, (network, change) in ROWS.items():
+        chosen = _settings(change, iterations)
+        cells = [_cell(scene, level, chosen, network, folder) for level in levels]
+        lines.append(f"| {label} | " + " | ".join(_text(cell) for cell in cells) + " |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    command = "python -m benchmarks.ablation " + " ".join(arg for arg in sys.argv[1:])
+    origin = f"Computed by `{command.strip()}`: stSNR / activity SNR in dB"
+    tuned = f"fine-tuned rows: {iterations} iterations."
+    put = f"{origin}; the scene's seed is {_SEED}; {tuned}", "\n".join(lines)
+    print("\n\n".join(put))
+    if write is not None:
+        put_between(write, BEGIN, END, *put)
+    return 0
+
+
+def _settings(change: _Change, iterations: int) -> Settings:
+    base = settings(iterations=iterations)
+    parts = {
+        name: type(config).model_validate(config.model_dump() | change.get(name, {}))
+        for name, config in (("training", base.training), ("inference", base.inference))
+    }
+    return replace(base, **parts)
+
+
+def _cell(scene: Any, level: int, chosen: Settings, network: bool, folder: Path) -> dict[str, Any]:
+    """Denoise the scene at a noise level and score it, unless that was done before."""
+    assert chosen.weights is not None
+    key = [scene.shape, level, network, chosen.training.model_dump(), chosen.inference.model_dump()]
+    text = json.dumps([*key, file_sha256(chosen.weights)])
+    path = folder / f"level{level}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    noisy = NoisyScene(scene, *noise_parameters(level), seed=_SEED + level)[:]
+    model = build_model(chosen)
+    if not network:
+        torch.nn.init.zeros_(model.unet.output.weight)
+    started = time.monotonic()
+    pretrained = Pretrained(model, weights_record(chosen))
+    denoised = denoise_array(noisy, chosen, pretrained=pretrained)
+    scores = evaluate_stacks(scene[:], denoised)
+    cell = {name: scores[name] for name in ("stsnr", "activity_snr")} | {"seconds": time.monotonic() - started}
+    write_json(path, cell | {"settings": text, "load": os.getloadavg()[0]})
+    return cell
+
+
+def _text(cell: dict[str, Any]) -> str:
+    return f"{cell['stsnr']:.2f} / {cell['activity_snr']:.2f}"
+
+
+if __name__ == "__main__":
+    app()
