@@ -8,9 +8,13 @@ import torch
 import restormer3d
 from restormer3d import ops
 from restormer3d.arithmetic import autocast, float32_products, forced_engine, usable
+from restormer3d.config import ModelConfig
 from restormer3d.inference import denoise_frames
+from restormer3d.model import Restormer3D
 from restormer3d.patches import training_stack
 from restormer3d.training import fit
+
+from .conftest import TINY, background_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -96,6 +100,15 @@ def test_bf16_trains_float32_weights_and_blends_in_float32(tiny_model, noisy_sta
     assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
     difference = (results["bf16"] - results["fp32"]).abs().mean() / results["fp32"].std()
     assert 0 < difference < 0.1
+
+
+def test_filters_are_exact_whatever_the_precision_of_the_network():
+    model = Restormer3D(ModelConfig(**TINY, start="filters"))  # whose network adds nothing yet
+    x = torch.rand(1, 1, 16, 16, 16)
+    background = background_of(x.mean(2, keepdim=True))
+    with ops.use_engine("reference"), autocast(CPU, "bf16"):
+        found = model(x, background)
+    torch.testing.assert_close(found, model(x, background))
 
 
 def test_every_step_sees_the_weights_of_the_one_before():

@@ -61,6 +61,9 @@ def test_help_does_not_import_torch():
         (["denoise", "a.tif", "-o", "x", "--precision", "fp16"], "precision"),
         (["denoise", "a.tif", "-o", "x", "--device", "cpu", "--precision", "bf16"], "--engine reference"),
         (["denoise", "a.tif", "-o", "x", "--engine", "abacus"], "engine"),
+        (["evaluate", "--real", "a.tif", "--blind-spot", "z3"], "z3"),
+        (["evaluate", "--real", "a.tif", "--precision", "fp16"], "precision"),
+        (["pretrain", "-o", "x", "--simulate", "1", "--device", "cpu", "--precision", "bf16"], "--engine reference"),
         (["denoise", "a/x.tif", "b/x.tif", "-o", "x"], "same file name"),
         (["denoise", "a.tif", "b.tif", "-o", "x.tif"], "one file"),
     ],
@@ -85,6 +88,9 @@ def test_denoise_writes_a_drop_in_and_a_sidecar(noisy_file, noisy_stack, quick, 
     assert sidecar["seed"] == 0
     assert sidecar["weights"] is None
     assert {"torch", "numpy", "restormer3d"} <= set(sidecar["versions"])
+    assert sidecar["mixture"]["windows"] > 0
+    scores = sidecar["held_out"]["held_out"]
+    assert scores[str(sidecar["held_out"]["kept_iteration"])] == min(scores.values())
     assert sorted(p.name for p in output.parent.iterdir()) == ["denoised.tif", "denoised.tif.json"]
 
 

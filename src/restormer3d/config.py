@@ -145,7 +145,8 @@ class InferenceConfig(_Config):
     Attributes
     ----------
     window : tuple of int
-        Frames, rows and columns of a window: the size of the training patches, because attention pools over it.
+        Frames, rows and columns of a window. That of the training patches with `start="input"`, for attention pools
+        over it; wider with "filters", which reach further than a patch (docs/quality.md has the difference).
     overlap_t, overlap_xy : float
         Share of a window that the next one covers again, along time and along rows and columns.
     batch_size : int
@@ -200,4 +201,4 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
     tuned = TrainingConfig.model_validate(common)
     scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})
     model = ModelConfig(start="filters")
-    return model, tuned if pretrained else scratch, InferenceConfig(window=patch, batch_size=1)
+    return model, tuned if pretrained else scratch, InferenceConfig(window=(256, 96, 96), batch_size=1)

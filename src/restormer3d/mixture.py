@@ -106,7 +106,7 @@ def adapted_mixture(
     source: TrainingStack,
     window: tuple[int, int, int],
     *,
-    most_windows: int = 160,
+    most_windows: int = 64,
     seconds: float = math.inf,
 ) -> tuple[Tensor, dict[str, float]]:
     """Fit a model's mixture to a noisy stack by Stein's unbiased estimate of the risk.

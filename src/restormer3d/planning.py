@@ -6,6 +6,7 @@ Times come from a short calibration with the real model, patches and device, nev
 from __future__ import annotations
 
 import copy
+import math
 import time
 import tomllib
 from dataclasses import dataclass, replace
@@ -261,11 +262,10 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
         )
     window = [min(pair) for pair in zip(chosen.inference.window, source.stack.shape, strict=True)]
     per_window = _seconds_per_window(trial.to(device), window, chosen.inference.batch_size, device, precision)
-    checks = (
-        (CHECKS + 1) / ITERATIONS_PER_BATCH * chosen.training.batch_size * per_window
-        if chosen.training.held_out
-        else 0.0
-    )
+    checks = 0.0
+    if chosen.training.held_out:
+        patches = chosen.training.batch_size * math.prod(chosen.training.patch) / math.prod(window)
+        checks = (CHECKS + 1) / ITERATIONS_PER_BATCH * patches * per_window
     return Calibration(marks[-1] - marks[-2] + checks if marks else 0.0, per_window)
 
 
