@@ -19,6 +19,7 @@ import torch
 from cyclopts import App, Parameter
 
 from benchmarks.cells import write_json
+from benchmarks.jobs import without_folders
 from benchmarks.tables import put_between
 from restormer3d.checkpoint import file_sha256
 from restormer3d.metrics import evaluate_stacks
@@ -84,7 +85,7 @@ def ablation(
         cells = [_cell(scene, level, chosen, network, folder) for level in levels]
         lines.append(f"| {label} | " + " | ".join(_text(cell) for cell in cells) + " |")
         print(lines[-1], file=sys.stderr, flush=True)
-    command = "python -m benchmarks.ablation " + " ".join(arg for arg in sys.argv[1:])
+    command = f"python -m benchmarks.ablation {without_folders(sys.argv[1:])}"
     origin = f"Computed by `{command.strip()}`: stSNR / activity SNR in dB"
     tuned = f"fine-tuned rows: {iterations} iterations."
     put = f"{origin}; the scene's seed is {_SEED}; {tuned}", "\n".join(lines)

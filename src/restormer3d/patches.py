@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from restormer3d.noise import NoiseEstimate, blind_spot_extent, neighbor_correlation
 from restormer3d.normalization import Normalization, estimate_normalization, temporal_mean, temporal_median
 from restormer3d.thinning import Thinning, thin
 
@@ -126,6 +127,27 @@ def training_stack(
     )
 
 
+def measured_stack(
+    stack: Any, noise: NoiseEstimate | None, blind_spot: Literal["auto"] | tuple[int, int, int]
+) -> TrainingStack:
+    """Prepare a recorded stack, with what its noise estimate says of zero light and of neighbors.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Raw intensities.
+    noise : NoiseEstimate, optional
+        Of this stack; None if it is a single frame, from which none can be measured.
+    blind_spot : "auto" or tuple of int
+        Half-extent in (frames, rows, columns), or as far as the noise is correlated.
+    """
+    if noise is None:
+        return training_stack(stack, (0, 0, 0) if blind_spot == "auto" else blind_spot)
+    extent = blind_spot_extent(noise) if blind_spot == "auto" else blind_spot
+    source = training_stack(stack, extent, zero=noise.offset)
+    return replace(source, noise_correlation=neighbor_correlation(noise, extent))
+
+
 def random_patches(
     stacks: Sequence[TrainingStack],
     patch: tuple[int, int, int],
@@ -198,6 +220,8 @@ def _random_patch(
 
 def _held_out(place: tuple[slice, slice, slice], share: float) -> np.ndarray:
     """Voxels (T, H, W) whose scrambled place is among the lowest `share`: the same ones in whatever patch."""
+    if not share:
+        return np.zeros([along.stop - along.start for along in place], dtype=bool)
     t, y, x = (np.arange(along.start, along.stop, dtype=np.uint64) for along in place)
     mixed = t[:, None, None] * np.uint64(0x9E3779B97F4A7C15)
     mixed = mixed + y[:, None] * np.uint64(0xC2B2AE3D27D4EB4F) + x * np.uint64(0x165667B19E3779F9)

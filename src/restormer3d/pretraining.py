@@ -25,8 +25,8 @@ from restormer3d.inference import denoise_frames
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.mixture import adapted_mixture, fit_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import blind_spot_extent, estimate_noise, neighbor_correlation
-from restormer3d.patches import TrainingStack, training_stack
+from restormer3d.noise import estimate_noise
+from restormer3d.patches import TrainingStack, measured_stack, training_stack
 from restormer3d.simulation import NoisyScene, noise_parameters, random_scene_parameters, simulate_scene
 from restormer3d.stacks import open_stack
 from restormer3d.thinning import prepare_thinning
@@ -37,7 +37,7 @@ _POOL = 6  # simulated scenes that batches are drawn from at one time
 _RECORDINGS = 8  # further noisy recordings of a simulated scene, which the network learns to predict together
 _SCENE_WINDOWS = 4  # of a simulated scene, that its mixture of filters is fitted to
 _RECORDING_WINDOWS = 100  # of a recording
-_MIXTURE_SCENES = 240  # that the fixed mixture of filters is fitted to
+_MIXTURE_SCENES = 240  # that the usual mixture of filters and its modes are fitted to
 _VALIDATION_SHAPE = (128, 64, 64)
 _VALIDATION_SEED = 9_000_000  # far from the seeds of training scenes and of the quality table
 
@@ -243,10 +243,7 @@ def _validation_scene() -> Any:
 def _recorded(path: Path, training: TrainingConfig) -> TrainingStack:
     stack = open_stack(path)
     noise = estimate_noise(stack)
-    extent = training.blind_spot
-    extent = blind_spot_extent(noise) if extent == "auto" else extent
-    source = training_stack(stack, extent, zero=noise.offset)
-    source = replace(source, noise_correlation=neighbor_correlation(noise, extent))
+    source = measured_stack(stack, noise, training.blind_spot)
     mean = source.normalization.invert(source.mean)
     return replace(source, thinning=prepare_thinning(stack, mean, source.normalization, noise, training.thinning))
 

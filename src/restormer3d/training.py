@@ -103,7 +103,7 @@ def fit(
     optimizer = _optimizer(model, config, device)
     average = copy.deepcopy(model).requires_grad_(False)
     history: list[dict[str, Any]] = []
-    best = _best_weights(stacks, config, device, precision)
+    best, checks = _best_weights(stacks, config, device, precision), check_iterations(total)
     if state is not None and state.exists():
         history = _resume(state, config, model, average, optimizer, best)
     step = partial(_step, model, optimizer, config, device, precision)
@@ -122,7 +122,7 @@ def fit(
         history.append(
             {"iteration": iteration + 1, "stage": stage, "loss": None, "learning_rate": rate, "seconds": seconds}
         )
-        if best is not None and iteration + 1 in check_iterations(total):
+        if best is not None and iteration + 1 in checks:
             best.look(average if config.ema_decay else model, iteration + 1)
         saving = (iteration + 1) % save_every == 0 or iteration + 1 == total
         if device.type != "cuda" or saving or len(unread) == _LOSSES_AT_ONCE:

@@ -22,9 +22,9 @@ from restormer3d.config import Recipe
 from restormer3d.inference import denoise_frames
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import blind_spot_extent, estimate_noise, neighbor_correlation
+from restormer3d.noise import estimate_noise
 from restormer3d.ops import why_not_cuda
-from restormer3d.patches import TrainingStack, training_stack
+from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import (
     Pretrained,
     Settings,
@@ -364,21 +364,14 @@ def _adapt(
 def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict[str, Any]]:
     """Measure what training needs of a stack, its blind spot included."""
     noise = estimate_noise(stack) if stack.shape[0] > 1 else None
-    source = training_stack(stack, zero=noise.offset if noise else 0.0)
-    extent = chosen.training.blind_spot
-    if extent == "auto":
-        extent = blind_spot_extent(noise) if noise else (0, 0, 0)
-        if any(extent):
-            say(
-                "the noise of neighboring voxels is correlated: the blind spot is widened to "
-                + " x ".join(str(2 * reach + 1) for reach in extent)
-                + " (frames x rows x columns)"
-            )
-    assert not isinstance(extent, str)
-    if noise is None:
-        return replace(source, blind_spot=extent), {}
-    correlation = neighbor_correlation(noise, extent)
-    return replace(source, blind_spot=extent, noise_correlation=correlation), asdict(noise)
+    source = measured_stack(stack, noise, chosen.training.blind_spot)
+    if chosen.training.blind_spot == "auto" and any(source.blind_spot):
+        say(
+            "the noise of neighboring voxels is correlated: the blind spot is widened to "
+            + " x ".join(str(2 * reach + 1) for reach in source.blind_spot)
+            + " (frames x rows x columns)"
+        )
+    return source, asdict(noise) if noise else {}
 
 
 def _filtered(stack: Any, chosen: Settings, method: Method, progress: Progress, say: Say) -> Denoised:
