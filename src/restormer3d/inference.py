@@ -19,6 +19,7 @@ from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
 
 _CROP = tuple[slice, slice]
+_Denoiser = Callable[[Tensor, Tensor], Tensor]  # windows and their background to denoised windows
 
 
 def denoise_frames(
@@ -28,6 +29,7 @@ def denoise_frames(
     background: np.ndarray,
     config: InferenceConfig,
     *,
+    mixture: np.ndarray | None = None,
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
     progress: Callable[[str, int, int], None] | None = None,
@@ -46,6 +48,8 @@ def denoise_frames(
         What the model needs to know of the whole stack, (3, H, W) float32; see `patches.TrainingStack`.
     config : InferenceConfig
         Window, overlaps, batch size, symmetries.
+    mixture : numpy.ndarray, optional
+        Weights of filters for this stack instead of the model's; see `patches.TrainingStack`.
     device : str or torch.device
         Where to compute. Beside the model it holds two window depths of frames.
     precision : {"fp32", "tf32", "bf16"}
@@ -76,12 +80,19 @@ def denoise_frames(
     blended = torch.zeros(depth, height, width, device=device)
     weight = torch.zeros(depth, device=device)
     model.eval()
+    weights = None if mixture is None else torch.from_numpy(mixture).to(device)
+
+    def denoiser(windows: Tensor, images: Tensor) -> Tensor:
+        return (
+            model(windows, images) if weights is None else model(windows, images, weights.expand(len(windows), -1, -1))
+        )
+
     arriving: Callable[[], np.ndarray] | None = None
     for position, start in enumerate(starts):
         noisy = _to_device(_read_mirrored(stack, start, depth, normalization), blended.device)
         for first in range(0, len(crops), config.batch_size):
             batch = crops[first : first + config.batch_size]
-            _blend(model, noisy, image, batch, hann[:, None, None] * plane, blended, config.symmetries, precision)
+            _blend(denoiser, noisy, image, batch, hann[:, None, None] * plane, blended, config.symmetries, precision)
             if progress is not None:
                 progress("denoise", position * len(crops) + first + len(batch), len(starts) * len(crops))
         weight += hann
@@ -154,7 +165,7 @@ def _to_host(frames: Tensor) -> Callable[[], np.ndarray]:
 
 @torch.inference_mode()
 def _blend(
-    model: nn.Module,
+    denoiser: _Denoiser,
     noisy: Tensor,
     background: Tensor,
     crops: list[_CROP],
@@ -167,20 +178,20 @@ def _blend(
     windows = torch.stack([noisy[:, y, x] for y, x in crops]).unsqueeze(1)
     images = torch.stack([background[:, y, x] for y, x in crops]).unsqueeze(2)
     with float32_products(precision), autocast(windows.device, precision):
-        denoised = _over_symmetries(model, windows, images, symmetries).squeeze(1).float()
+        denoised = _over_symmetries(denoiser, windows, images, symmetries).squeeze(1).float()
     for (y, x), frames in zip(crops, denoised, strict=True):
         blended[:, y, x] += frames * weight
 
 
-def _over_symmetries(model: nn.Module, windows: Tensor, images: Tensor, symmetries: int) -> Tensor:
+def _over_symmetries(denoiser: _Denoiser, windows: Tensor, images: Tensor, symmetries: int) -> Tensor:
     """Denoise windows (B, 1, T, H, W) in 1, 4 or 8 orientations and average what comes back, turned upright."""
     if symmetries == 1:
-        return model(windows, images)
+        return denoiser(windows, images)
     total = torch.zeros_like(windows)
     for quarter_turns in range(0, 4, 8 // symmetries):  # half turns and flips, with quarter turns all eight
         for flipped in ([], [-1]):
             turned = (torch.rot90(x, quarter_turns, (-2, -1)).flip(flipped).contiguous() for x in (windows, images))
-            total += torch.rot90(model(*turned).flip(flipped), -quarter_turns, (-2, -1))
+            total += torch.rot90(denoiser(*turned).flip(flipped), -quarter_turns, (-2, -1))
     return total / symmetries
 
 

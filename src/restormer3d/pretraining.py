@@ -214,7 +214,7 @@ def validate(
     precision: Precision = "fp32",
 ) -> dict[str, float]:
     """StSNR and activity SNR (dB), without fine-tuning, on one simulated scene at each of the three noise levels."""
-    was_training, usual = model.training, model.filter_weights if model.config.start == "filters" else None
+    was_training = model.training
     config = InferenceConfig(window=window, overlap_xy=0.25)
     scores = {}
     for level in (1, 2, 3):
@@ -222,15 +222,18 @@ def validate(
         gain, read_noise = noise_parameters(level)
         noisy = NoisyScene(scene, gain, read_noise, seed=_VALIDATION_SEED + level)[:]
         source = _adapted(model, training_stack(noisy), window, _SCENE_WINDOWS)
-        if usual is not None and source.mixture is not None:
-            model.filter_weights = torch.from_numpy(source.mixture).to(usual)
         frames = denoise_frames(
-            model, noisy, source.normalization, source.background, config, device=device, precision=precision
+            model,
+            noisy,
+            source.normalization,
+            source.background,
+            config,
+            mixture=source.mixture,
+            device=device,
+            precision=precision,
         )
         found = evaluate_stacks(scene[:], np.stack(list(frames)))
         scores |= {f"stsnr_level{level}": found["stsnr"], f"activity_snr_level{level}": found["activity_snr"]}
-        if usual is not None:
-            model.filter_weights = usual
     model.train(was_training)
     return scores
 

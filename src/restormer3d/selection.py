@@ -84,16 +84,16 @@ class BestWeights:
         self.scores, self.kept, self._state = state["scores"], state["kept"], state["weights"]
 
     def _score(self, model: nn.Module, batch: tuple[Tensor, ...]) -> float:
-        masked, background, noisy, chosen = (value.to(self._device) for value in batch)
+        inputs = [value.to(self._device) for value in batch]
         with float32_products(self._precision), autocast(self._device, self._precision):
-            return masked_loss(model, masked, background, noisy, chosen, loss=self._loss).item()
+            return masked_loss(model, *inputs, loss=self._loss).item()
 
 
 def _hidden(stacks: Sequence[TrainingStack], config: TrainingConfig, number: int) -> tuple[Tensor, ...]:
-    """One of the batches, on the CPU, with the held-out voxels replaced."""
+    """What :func:`restormer3d.objectives.masked_loss` needs of one of the batches, its held-out voxels replaced."""
     rng = np.random.default_rng([config.seed, 3, number])
     batch = random_patches(stacks, config.patch, config.batch_size, rng, config.held_out)
-    return hide(
+    inputs = hide(
         batch.noisy,
         batch.background,
         batch.stack_frames,
@@ -103,3 +103,4 @@ def _hidden(stacks: Sequence[TrainingStack], config: TrainingConfig, number: int
         held_out=batch.held_out,
         score=True,
     )
+    return (*inputs, batch.mixture)

@@ -308,7 +308,7 @@ def _denoised(
         say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
     source, noise = _source(stack, chosen, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
-    adapted = _adapt(model, source, chosen, device, seconds, say)
+    source, adapted = _adapt(model, source, chosen, device, seconds, say)
     calibration = calibrate(model, source, chosen, device)
     if seconds is not None:
         remaining = seconds - (time.monotonic() - started)
@@ -337,6 +337,7 @@ def _denoised(
         source.normalization,
         source.background,
         chosen.inference,
+        mixture=source.mixture,
         device=device,
         precision=precision,
         progress=progress,
@@ -351,14 +352,14 @@ def _adapt(
     device: torch.device,
     seconds: float | None,
     say: Say,
-) -> dict[str, float]:
-    """Fit the mixture of filters to the stack, if the network has one and the stack more than one frame."""
+) -> tuple[TrainingStack, dict[str, float]]:
+    """Fit a mixture of filters to the stack, if the network has one and the stack more than one frame."""
     if not chosen.training.adapt_mixture or model.config.start != "filters" or source.stack.shape[0] < 2:
-        return {}
+        return source, {}
     limit = math.inf if seconds is None else _ADAPTING * seconds
-    model.filter_weights, adapted = adapted_mixture(model.to(device), source, chosen.inference.window, seconds=limit)
+    mixture, adapted = adapted_mixture(model.to(device), source, chosen.inference.window, seconds=limit)
     say(f"the mixture of filters is fitted to the stack: {adapted['distance']:.1f} of the usual spread away")
-    return adapted
+    return replace(source, mixture=mixture.cpu().numpy()), adapted
 
 
 def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict[str, Any]]:
