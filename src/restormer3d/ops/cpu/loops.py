@@ -8,6 +8,7 @@ Arguments named ``i…`` are offsets in elements.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from restormer3d.ops.cpu.simd import LANES, REGISTERS, Emitter, vector_loop
@@ -58,7 +59,10 @@ def _depthwise(accumulate: bool) -> Any:
         e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, taps: Any, it: Any, dst: Any, io: Any, rows: Any,
         width: Any,
     ) -> None:  # fmt: skip
-        weights = [e.broadcast(e.at(taps, e.plus(it, k))) for k in range(27)]
+        def plane_weights(t: int) -> list[Any]:
+            return [e.broadcast(e.at(taps, e.plus(it, 9 * t + k))) for k in range(9)]
+
+        kept = [plane_weights(t) for t in range(3)] if REGISTERS == 32 else None
         planes = [e.at(src, i) for i in (i0, i1, i2)]
         with e.loop(rows, step=BLOCK) as r, e.loop(width, step=LANES) as w:
             column = e.plus(e.times(r, pitch), w)
@@ -67,11 +71,12 @@ def _depthwise(accumulate: bool) -> Any:
             before = [e.load(target) if accumulate else e.constant(0.0) for target in targets]
             sums: list[Any] = list(before)
             for t in range(3):
+                weights = kept[t] if kept else plane_weights(t)  # 27 would not stay in 16 registers, 9 do
                 for row in range(BLOCK + 2):
                     for shift in range(3):
                         value = e.load(e.at(e.at(planes[t], lines[row]), shift))
                         for h in range(max(0, row - BLOCK + 1), min(3, row + 1)):
-                            sums[row - h] = e.fma(weights[9 * t + 3 * h + shift], value, sums[row - h])
+                            sums[row - h] = e.fma(weights[3 * h + shift], value, sums[row - h])
             for total, old, target in zip(sums, before, targets, strict=True):
                 e.store(e.first_lanes(e.plus(width, e.times(w, -1)), total, old) if accumulate else total, target)
 
@@ -106,11 +111,19 @@ def depthwise_weight_gradient(
     """Add ``sum grad[r, w] * plane_t[r + h, w + shift - 1]`` to the 27 vectors at ``out[io]``, lane by lane."""
     planes = [e.at(src, i) for i in (i0, i1, i2)]
     target = e.at(out, io)
-    sums = [e.variable(e.load(e.at(target, k * LANES))) for k in range(27)]
+    for together in [(0, 1, 2)] if REGISTERS == 32 else [(0,), (1,), (2,)]:  # as many sums as stay in registers
+        _weight_gradient_of_planes(e, together, planes, pitch, e.at(grad, ig), target, rows, width)
+
+
+def _weight_gradient_of_planes(
+    e: Emitter, chosen: Sequence[int], planes: Any, pitch: Any, grad: Any, target: Any, rows: Any, width: Any
+) -> None:
+    slots = [9 * t + k for t in chosen for k in range(9)]
+    sums = {k: e.variable(e.load(e.at(target, k * LANES))) for k in slots}
 
     def step(w: Any, row: Any, grads: dict[int, Any]) -> None:
         offset = e.plus(e.times(row, pitch), w)
-        for t in range(3):
+        for t in chosen:
             for shift in range(3):
                 value = e.load(e.at(planes[t], e.plus(offset, shift)))
                 for h, g in grads.items():
@@ -121,7 +134,7 @@ def depthwise_weight_gradient(
         left = e.plus(width, e.times(w, -1))
 
         def gradient(row: Any) -> Any:
-            value = e.load(e.at(grad, e.plus(ig, e.plus(e.times(row, pitch), w))))
+            value = e.load(e.at(grad, e.plus(e.times(row, pitch), w)))
             return e.first_lanes(left, value, e.constant(0.0))
 
         zero = e.times(w, 0)
@@ -136,7 +149,7 @@ def depthwise_weight_gradient(
             e.set(last, newest)
         step(w, rows, {1: e.get(last), 2: e.get(before)})
         step(w, e.plus(rows, 1), {2: e.get(last)})
-    for k in range(27):
+    for k in slots:
         e.store(e.get(sums[k]), e.at(target, k * LANES))
 
 

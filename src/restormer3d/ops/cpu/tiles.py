@@ -58,7 +58,8 @@ def load(src: Floats, b: int, t: int, h0: int, rows: int, dst: Floats, i: int, s
     pitch = width + 1
     above = max(0, -h0)
     inside = min(rows, height - h0) - above if 0 <= t < frames else 0
-    ahead = 3 * frames * height * width  # three channels on: they lie too far apart for the processor to guess
+    # Three channels on: they lie too far apart for the processor to guess. The frames of a single channel do not.
+    ahead = (3 * frames if channels > 1 else 1) * height * width
     for c in range(channels):
         base = i + c * stride
         clear(dst, base, above * pitch)
