@@ -117,13 +117,14 @@ def _network(name: str, options: Options) -> dict[str, Any]:
     recipe, iterations = "default", options.iterations
     if name.startswith("published"):
         recipe, iterations = "published", options.published_iterations
-    if name == "default-not-fine-tuned":
+    if name.endswith("not-fine-tuned"):
         iterations = 0
     arguments = {
         "recipe_name": recipe,
         "weights": str(weights if str(weights) == "none" else Path(weights).resolve()),
         "iterations": iterations,
         "seed": options.seed,
+        "blind_spot": "point" if "-point" in name else None,
         "config_file": None if options.config is None else str(options.config.resolve()),
     }
     chosen = settings(**arguments)

@@ -145,7 +145,17 @@ METHODS = {
     "peer": Method("peer", peer, "peer"),
     "published-scratch": Method("Restormer3D, published recipe, from scratch", network, "network"),
     "default-scratch": Method("Restormer3D, default recipe, from scratch", network, "network"),
+    "default-point-not-fine-tuned": Method(
+        "Restormer3D, default, weights as they are, neighbors' noise taken for independent (`--blind-spot point`)",
+        network,
+        "network",
+    ),
     "default-not-fine-tuned": Method("Restormer3D, default, pretrained weights as they are", network, "network"),
+    "default-point": Method(
+        "Restormer3D, default, fine-tuned, neighbors' noise taken for independent (`--blind-spot point`)",
+        network,
+        "network",
+    ),
     "default": Method("**Restormer3D, default**, pretrained and fine-tuned", network, "network"),
 }
 """In the order of the table."""
