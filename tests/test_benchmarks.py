@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import jobs, quality, speed, speed_table
+from benchmarks import jobs, precision, quality, speed, speed_table
 from benchmarks.cells import truth_score
 from benchmarks.tables import markdown
 
@@ -189,3 +189,19 @@ def test_the_whole_job_says_what_it_did():
     done = speed.time_job("cpu", None, quick=True)
     assert (done["iterations"], done["overlap_t"], done["overlap_xy"]) == (1, 0.5, 0.5)
     assert done["seconds"] > 0
+
+
+def test_tf32_keeps_ten_bits_of_mantissa_and_what_is_not_finite():
+    step = 2.0**-10
+    values = torch.tensor([1.0, 1 + step, 1 + 0.4 * step, -1 - 0.6 * step, torch.inf, torch.nan])
+    expected = torch.tensor([1.0, 1 + step, 1.0, -1 - step, torch.inf, torch.nan])
+    torch.testing.assert_close(precision.rounded(values), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("without_gradients", [False, True])
+def test_products_are_rounded_and_sums_are_not(without_gradients):
+    a, x = torch.full((2, 2), 1 + 2.0**-12), torch.ones(1, 1, 2, 2, 2)
+    with precision.RoundedProducts(), torch.inference_mode(without_gradients):
+        assert torch.equal(a @ torch.eye(2), torch.ones(2, 2))
+        assert torch.equal(torch.nn.functional.conv3d(x * a[0, 0], x), torch.full((1, 1, 1, 1, 1), 8.0))
+        assert torch.equal(a + 0, a)
