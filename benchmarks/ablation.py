@@ -22,11 +22,11 @@ from benchmarks.cells import write_json
 from benchmarks.jobs import without_folders
 from benchmarks.tables import put_between
 from restormer3d.checkpoint import file_sha256
+from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.planning import Pretrained, Settings, build_model, settings
 from restormer3d.sidecar import weights_record
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.workflow import denoise_array
 
 BEGIN = "<!-- ablation table: begin (written by benchmarks.ablation --write; edit nothing here by hand) -->"
 END = "<!-- ablation table: end -->"

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map
 from benchmarks.jobs import without_folders
 from benchmarks.tables import put_between
 from restormer3d.arithmetic import Precision
+from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.planning import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.workflow import denoise_array
 
 BEGIN = "<!-- precision table: begin (written by benchmarks.precision --write; edit nothing here by hand) -->"
 END = "<!-- precision table: end -->"

@@ -174,7 +174,7 @@ def test_a_failure_names_its_file_and_leaves_nothing(noisy_file, quick, tmp_path
     def out_of_memory(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("restormer3d.workflow.fit", out_of_memory)
+    monkeypatch.setattr("restormer3d.denoising.fit", out_of_memory)
     assert run("denoise", noisy_file, "-o", tmp_path / "out", *quick) == 1
     message = capsys.readouterr().err
     assert noisy_file.name in message

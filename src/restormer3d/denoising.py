@@ -1,0 +1,218 @@
+"""One stack from noisy to denoised: where plans, training and inference meet."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from restormer3d.arithmetic import Precision, forced_engine, usable
+from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
+from restormer3d.inference import denoise_frames
+from restormer3d.mixture import adapted_mixture
+from restormer3d.model import Restormer3D
+from restormer3d.noise import estimate_noise
+from restormer3d.ops import why_not_cuda
+from restormer3d.patches import TrainingStack, measured_stack
+from restormer3d.planning import (
+    Pretrained,
+    Settings,
+    build_model,
+    calibrate,
+    ends_in_time,
+    estimate,
+    fit_to_time,
+    torch_device,
+    training_plan,
+)
+from restormer3d.sidecar import network_record, weights_record
+from restormer3d.stacks import check_stack, to_dtype
+from restormer3d.training import fit
+
+Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
+Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]
+
+_ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A stack being denoised: its frames, still to be computed, and what was done so far.
+
+    Attributes
+    ----------
+    frames : iterator of numpy.ndarray
+        Denoised frames (H, W) in order, not rounded.
+    record : dict
+        Settings, losses and timings, for the sidecar.
+    model : Restormer3D or None
+        The network trained on this stack; None for a filter.
+    """
+
+    frames: Iterator[np.ndarray]
+    record: dict[str, Any]
+    model: Restormer3D | None = None
+
+
+def silent(*_: Any) -> None:
+    """Report nothing."""
+
+
+def denoise_array(
+    stack: Any,
+    chosen: Settings,
+    *,
+    method: Method = "restormer3d",
+    device: str = "auto",
+    time_limit: float | None = None,
+    pretrained: Pretrained | None = None,
+    progress: Progress = silent,
+    say: Say = silent,
+) -> np.ndarray:
+    """Denoise a stack of shape (T, H, W) to an array; as :func:`restormer3d.workflow.denoise`, with `chosen` settings.
+
+    `pretrained` are the weights of `chosen`, if the caller has read them already.
+    """
+    check_stack(stack)
+    seconds = None if time_limit is None else 60 * time_limit
+    output = np.empty(stack.shape, stack.dtype)
+    with forced_engine(chosen.engine):  # frames are computed as they are asked for
+        result = start_denoising(stack, chosen, method, torch_device(device), seconds, progress, say, pretrained)
+        for t, frame in enumerate(result.frames):
+            output[t] = to_dtype(frame, stack.dtype)[0]
+    return output
+
+
+def start_denoising(
+    stack: Any,
+    chosen: Settings,
+    method: Method,
+    device: torch.device,
+    seconds: float | None,
+    progress: Progress,
+    say: Say,
+    pretrained: Pretrained | None = None,
+) -> Denoised:
+    """Fit filters and network to a stack, and hand over its denoised frames, still to be computed.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Noisy intensities, checked by `stacks.check_stack`.
+    chosen : Settings
+        Of the recipe; within `arithmetic.forced_engine` of its engine.
+    method, pretrained, progress, say
+        As for :func:`denoise_array`.
+    device : torch.device
+        Where to compute.
+    seconds : float or None
+        For all, frames included. Where they suffice for no network, the Gaussian filter stands in.
+
+    Returns
+    -------
+    Denoised
+        What was done, and the iterator that does the rest.
+    """
+    if method != "restormer3d":
+        return _filtered(stack, chosen, method, progress, say)
+    started = time.monotonic()
+    engine, precision = usable(chosen.engine, chosen.precision, device)
+    if precision != chosen.precision:
+        say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
+    source, noise = _source(stack, chosen, say)
+    model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
+    source, adapted = _adapt(model, source, chosen, device, seconds, say)
+    calibration = calibrate(model, source, chosen, device)
+    if seconds is not None:
+        remaining = seconds - (time.monotonic() - started)
+        chosen, note = fit_to_time(chosen, stack.shape, calibration, remaining)
+        if note:
+            say(note)
+        if not ends_in_time(chosen, stack.shape, calibration, remaining):
+            say("no network in the time that is left: the stack is denoised with the Gaussian filter instead")
+            filtered = _filtered(stack, chosen, "gaussian", progress, say)
+            return replace(filtered, record=filtered.record | {"instead_of_the_network": note})
+    expected, memory = estimate(chosen, stack.shape, calibration, device)
+    say(
+        f"about {_duration(expected)} and {memory / 1e9:.1f} GB on {device} ({_compute(device, engine, precision)}): "
+        f"{training_plan(chosen)}"
+    )
+    if device.type == "cuda" and (obstacle := why_not_cuda(device)):
+        say(f"plain PyTorch computes on this GPU, which is slower than the Triton kernels: {obstacle}")
+    prepared = time.monotonic()
+    history = fit(model, [source], chosen.training, device=device, precision=precision, progress=progress)
+    weights = pretrained.weights if pretrained else weights_record(chosen)
+    record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
+    seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
+    frames = denoise_frames(
+        model,
+        stack,
+        source.normalization,
+        source.background,
+        chosen.inference,
+        mixture=source.mixture,
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
+    return Denoised(frames, record | {"noise": noise, "mixture": adapted, "seconds": seconds_spent}, model)
+
+
+def _adapt(
+    model: Restormer3D,
+    source: TrainingStack,
+    chosen: Settings,
+    device: torch.device,
+    seconds: float | None,
+    say: Say,
+) -> tuple[TrainingStack, dict[str, float]]:
+    """Fit a mixture of filters to the stack, if the network has one and the stack more than one frame."""
+    if not chosen.training.adapt_mixture or model.config.start != "filters" or source.stack.shape[0] < 2:
+        return source, {}
+    limit = math.inf if seconds is None else _ADAPTING * seconds
+    mixture, adapted = adapted_mixture(model.to(device), source, chosen.inference.window, seconds=limit)
+    say(f"the mixture of filters is fitted to the stack: {adapted['distance']:.1f} of the usual spread away")
+    return replace(source, mixture=mixture.cpu().numpy()), adapted
+
+
+def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict[str, Any]]:
+    """Measure what training needs of a stack, its blind spot included."""
+    noise = estimate_noise(stack) if stack.shape[0] > 1 else None
+    source = measured_stack(stack, noise, chosen.training.blind_spot)
+    if chosen.training.blind_spot == "auto" and any(source.blind_spot):
+        say(
+            "the noise of neighboring voxels is correlated: the blind spot is widened to "
+            + " x ".join(str(2 * reach + 1) for reach in source.blind_spot)
+            + " (frames x rows x columns)"
+        )
+    return source, asdict(noise) if noise else {}
+
+
+def _filtered(stack: Any, chosen: Settings, method: Method, progress: Progress, say: Say) -> Denoised:
+    if method == "temporal-mean":
+        return Denoised(temporal_mean_frames(stack), {"method": method, "settings": {}})
+    if method == "svd":
+        frames = svd_frames(stack, progress=progress)
+        return Denoised(frames, {"method": method, "settings": {}})
+    # Filtering what differs from the temporal mean leaves the static image sharp: better at every noise level.
+    sigma_t, sigma_xy = chosen.sigma or choose_gaussian(stack, around_mean=True)
+    why = "given" if chosen.sigma else "chosen by held-out frames"
+    say(f"Gaussian filter of {sigma_t:g} frames and {sigma_xy:g} pixels around the temporal mean, {why}")
+    frames = gaussian_frames(stack, sigma_t, sigma_xy, around_mean=True)
+    return Denoised(frames, {"method": method, "settings": {"sigma_t": sigma_t, "sigma_xy": sigma_xy}})
+
+
+def _compute(device: torch.device, engine: str, precision: Precision) -> str:
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    return f"{threads}{engine} operators, {precision}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
