@@ -20,7 +20,7 @@ from cyclopts import App, Parameter
 
 from benchmarks.cells import write_json
 from benchmarks.jobs import without_folders
-from benchmarks.tables import put_between
+from benchmarks.tables import level_head, put_between
 from restormer3d.checkpoint import file_sha256
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
@@ -78,8 +78,7 @@ def ablation(
     """
     folder.mkdir(parents=True, exist_ok=True)
     scene = simulate_scene(shape, seed=_SEED)
-    lines = [f"| {shape[0]} x {shape[1]} x {shape[2]} | " + " | ".join(f"level {level}" for level in levels) + " |"]
-    lines.append("|---" * (1 + len(levels)) + "|")
+    lines = level_head(" x ".join(map(str, shape)), levels)
     for label, (network, change) in ROWS.items():
         chosen = _settings(change, iterations)
         cells = [_cell(scene, level, chosen, network, folder) for level in levels]

@@ -7,8 +7,8 @@ NVIDIA GPU rounds them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from benchmarks.jobs import without_folders
-from benchmarks.tables import put_between
+from benchmarks.tables import level_head, put_between
 from restormer3d.arithmetic import Precision
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
@@ -84,16 +84,13 @@ def precision(
     """
     scene = simulate_scene(shape, seed=_SEED)
     clean = scene[:]
-    lines = [
-        "| precision | " + " | ".join(f"level {level}" for level in levels) + " |",
-        "|---" * (1 + len(levels)) + "|",
-    ]
+    noisy = {level: NoisyScene(scene, *noise_parameters(level), seed=_SEED + level)[:] for level in levels}
+    lines = level_head("precision", levels)
     exact: dict[int, dict[str, float]] = {}
     for name in ("fp32", "tf32", "bf16"):
         cells = []
         for level in levels:
-            noisy = NoisyScene(scene, *noise_parameters(level), seed=_SEED + level)[:]
-            found = evaluate_stacks(clean, denoised(noisy, name, iterations, device))
+            found = evaluate_stacks(clean, denoised(noisy[level], name, iterations, device))
             reference = exact.setdefault(level, found)
             cells.append(
                 " / ".join(f"{found[k]:.2f} ({found[k] - reference[k]:+.3f})" for k in ("stsnr", "activity_snr"))
@@ -106,18 +103,17 @@ def precision(
         f"Computed by `{command}` on {device}{emulated}: stSNR / activity SNR in dB (difference to fp32) of a scene "
         f"of {' x '.join(map(str, shape))} with seed {_SEED}, after {iterations} iterations of fine-tuning."
     )
-    print("\n".join([origin, "", *lines]))
+    put = origin, "\n".join(lines)
+    print("\n\n".join(put))
     if write is not None:
-        put_between(write, BEGIN, END, origin, "\n".join(lines))
+        put_between(write, BEGIN, END, *put)
     return 0
 
 
 def denoised(noisy: np.ndarray, name: Precision, iterations: int, device: str) -> np.ndarray:
     """Denoise a stack with the default recipe in the given arithmetic."""
     chosen = settings(iterations=iterations, precision=name, engine="reference")
-    emulate = name == "tf32" and device == "cpu"
-    context: Callable[[], AbstractContextManager[Any]] = RoundedProducts if emulate else nullcontext
-    with context():
+    with RoundedProducts() if name == "tf32" and device == "cpu" else nullcontext():
         return denoise_array(noisy, chosen, device=device)
 
 

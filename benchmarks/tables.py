@@ -266,6 +266,14 @@ def _all(values: Any) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
+def level_head(corner: str, levels: tuple[int, ...]) -> list[str]:
+    """Return the first two lines of a table with a column for each noise level."""
+    return [
+        f"| {corner} | " + " | ".join(f"level {level}" for level in levels) + " |",
+        "|---" * (1 + len(levels)) + "|",
+    ]
+
+
 def put_between(document: Path, begin: str, end: str, *parts: str) -> None:
     """Replace what stands between two lines of a Markdown file; what is around them stays."""
     text = document.read_text() if document.exists() else f"{begin}\n{end}\n"

@@ -146,7 +146,7 @@ class InferenceConfig(_Config):
     ----------
     window : tuple of int
         Frames, rows and columns of a window. That of the training patches with `start="input"`, for attention pools
-        over it; wider with "filters", which reach further than a patch.
+        over it; wider with "filters", which reach further than a patch (docs/quality.md has the difference).
     overlap_t, overlap_xy : float
         Share of a window that the next one covers again, along time and along rows and columns.
     batch_size : int
