@@ -188,3 +188,16 @@ def test_windows_are_counted_as_they_are_computed():
         )
     )
     assert calls[-1] == ("denoise", count_windows(stack.shape, config), count_windows(stack.shape, config))
+
+
+@pytest.mark.parametrize("frames", [1, 7, 16, 17, 50])
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+def test_windows_may_begin_and_end_with_the_stack(frames, overlap):
+    stack = np.random.default_rng(6).integers(-3000, 30000, (frames, 20, 18)).astype(np.int16)
+    config = InferenceConfig(window=(16, 16, 16), overlap_t=overlap, mirror_t=False)
+    np.testing.assert_array_equal(np.rint(run(Identity(), stack, config, Normalization(-100.0, 2000.0))), stack)
+    beyond = count_windows(stack.shape, config.model_copy(update={"mirror_t": True}))
+    assert count_windows(stack.shape, config) <= beyond
+    assert overlap == 0 or count_windows(stack.shape, config) < beyond
+    if frames <= 16:
+        assert count_windows(stack.shape, config) == 4  # all in the plane

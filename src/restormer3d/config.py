@@ -153,6 +153,12 @@ class InferenceConfig(_Config):
         Windows per pass through the network.
     symmetries : {1, 4, 8}
         Windows averaged over this many flips (4) or flips and quarter turns (8) in the plane; costs as many passes.
+    mirror_t : bool
+        Whether windows go on beyond both ends of the stack, over mirrored frames, so that every frame lies in as many
+        windows as any other; else the first begins with the stack and the last ends with it.
+    components : bool
+        Whether denoised blocks are reduced to the spatial components that stand out of noise (see
+        `components.refine_by_components`); costs a second pass over the stack.
     """
 
     window: PatchShape = (32, 64, 64)
@@ -160,6 +166,8 @@ class InferenceConfig(_Config):
     overlap_xy: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     batch_size: Annotated[int, Field(ge=1)] = 2
     symmetries: Literal[1, 4, 8] = 1
+    mirror_t: bool = True
+    components: bool = False
 
 
 def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConfig, InferenceConfig]:
@@ -201,4 +209,5 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
     tuned = TrainingConfig.model_validate(common)
     scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})
     model = ModelConfig(start="filters")
-    return model, tuned if pretrained else scratch, InferenceConfig(window=(256, 96, 96), batch_size=1)
+    inference = InferenceConfig(window=(256, 96, 96), batch_size=1, mirror_t=False, components=True)
+    return model, tuned if pretrained else scratch, inference

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 
 from restormer3d.arithmetic import Precision, forced_engine, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
+from restormer3d.components import LEAST_FRAMES, AddedNoise, refine_by_components
 from restormer3d.inference import denoise_frames
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import estimate_noise
+from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import (
@@ -151,18 +153,22 @@ def start_denoising(
     weights = pretrained.weights if pretrained else weights_record(chosen)
     record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
     seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
-    frames = denoise_frames(
+    record |= {"noise": asdict(noise) if noise else {}, "mixture": adapted, "seconds": seconds_spent}
+    run = partial(
+        denoise_frames,
         model,
-        stack,
-        source.normalization,
-        source.background,
-        chosen.inference,
+        normalization=source.normalization,
+        background=source.background,
+        config=chosen.inference,
         mixture=source.mixture,
         device=device,
         precision=precision,
-        progress=progress,
     )
-    return Denoised(frames, record | {"noise": noise, "mixture": adapted, "seconds": seconds_spent}, model)
+    frames = run(stack, progress=progress)
+    added = _added_noise(source, noise, say) if chosen.inference.components else None
+    if added is not None:
+        frames = refine_by_components(frames, run(added), added, device)
+    return Denoised(frames, record | {"components": added is not None}, model)
 
 
 def _adapt(
@@ -182,7 +188,19 @@ def _adapt(
     return replace(source, mixture=mixture.cpu().numpy()), adapted
 
 
-def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict[str, Any]]:
+def _added_noise(source: TrainingStack, noise: NoiseEstimate | None, say: Say) -> AddedNoise | None:
+    """Noise like that of the stack, to tell the denoised stack's components from noise; None where that fails."""
+    if noise is None or source.stack.shape[0] < LEAST_FRAMES:
+        say(f"{source.stack.shape[0]} frames are too few to tell components from noise: that step is left out")
+        return None
+    if any(source.noise_correlation[0][1:]):
+        say("the noise of consecutive frames is correlated: components cannot be told from it, that step is left out")
+        return None
+    variance = noise.variance(source.normalization.invert(source.mean))
+    return AddedNoise(source.stack, variance, source.noise_correlation) if variance.any() else None
+
+
+def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, NoiseEstimate | None]:
     """Measure what training needs of a stack, its blind spot included."""
     noise = estimate_noise(stack) if stack.shape[0] > 1 else None
     source = measured_stack(stack, noise, chosen.training.blind_spot)
@@ -192,7 +210,7 @@ def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, dict
             + " x ".join(str(2 * reach + 1) for reach in source.blind_spot)
             + " (frames x rows x columns)"
         )
-    return source, asdict(noise) if noise else {}
+    return source, noise
 
 
 def _filtered(stack: Any, chosen: Settings, method: Method, progress: Progress, say: Say) -> Denoised:

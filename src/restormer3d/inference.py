@@ -69,7 +69,7 @@ def denoise_frames(
     """
     frames, height, width = stack.shape
     depth, *window = _window(stack.shape, config)
-    starts = temporal_starts(frames, depth, config.overlap_t)
+    starts = _starts(frames, depth, config)
     crops = _crops((height, width), window, config.overlap_xy)
     plane = torch.from_numpy(np.outer(gaussian_weights(window[0]), gaussian_weights(window[1]))).to(device)
     plane_sum = torch.zeros(height, width, device=device)
@@ -116,7 +116,7 @@ def count_windows(shape: tuple[int, int, int], config: InferenceConfig) -> int:
     rows, columns = (
         len(window_starts(full, part, config.overlap_xy)) for full, part in zip(shape[1:], window, strict=True)
     )
-    return len(temporal_starts(shape[0], depth, config.overlap_t)) * rows * columns
+    return len(_starts(shape[0], depth, config)) * rows * columns
 
 
 def _window(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, int, int]:
@@ -129,6 +129,13 @@ def _window(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, 
             f"they have {rows} rows and {columns} columns; give 4 (flips alone), or a square window that fits"
         )
     return min(config.window[0], frames + frames % 2), rows, columns
+
+
+def _starts(frames: int, depth: int, config: InferenceConfig) -> list[int]:
+    """First frames of the windows; a window deeper than the stack, or one that begins before it, sees it mirrored."""
+    if config.mirror_t:
+        return temporal_starts(frames, depth, config.overlap_t)
+    return window_starts(frames, depth, config.overlap_t) if depth < frames else [0]
 
 
 def _crops(size: tuple[int, int], window: Sequence[int], overlap: float) -> list[_CROP]:

@@ -32,6 +32,7 @@ Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
 _OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
+_COMPONENTS = 1.15  # time of a pass when its results are taken apart into components, relative to the pass alone
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,8 @@ def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Cal
 
 
 def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
-    return count_windows(shape, inference) * inference.symmetries * calibration.seconds_per_window
+    passes = inference.symmetries * (2 * _COMPONENTS if inference.components else 1)
+    return count_windows(shape, inference) * passes * calibration.seconds_per_window
 
 
 def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:
@@ -356,7 +358,7 @@ def estimate(
     seconds = iterations * calibration.seconds_per_iteration
     seconds += _inference_seconds(shape, chosen.inference, calibration)
     frames = 4 * shape[1] * shape[2]
-    buffers = 3 * chosen.inference.window[0] * frames
+    buffers = (8 if chosen.inference.components else 3) * chosen.inference.window[0] * frames
     if device.type == "cpu":  # the calibration has just run with everything allocated
         return seconds, psutil.Process().memory_info().rss + buffers
     return seconds, torch.cuda.max_memory_allocated(device) + buffers if device.type == "cuda" else buffers
