@@ -37,6 +37,11 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     "**as they are: not fine-tuned**": (True, _AS_THEY_ARE),
     "the mixture of filters not fitted to the stack": (True, {"training": {"iterations": 0, "adapt_mixture": False}}),
     "the fitted mixture alone, without the network": (False, _AS_THEY_ARE),
+    "without components": (True, _AS_THEY_ARE | {"inference": {"components": False}}),
+    "without components, windows mirrored at the ends of the stack": (
+        True,
+        _AS_THEY_ARE | {"inference": {"components": False, "mirror_t": True}},
+    ),
     "the usual mixture alone": (False, {"training": {"iterations": 0, "adapt_mixture": False}}),
     "averaged over eight symmetries": (True, _AS_THEY_ARE | {"inference": {"symmetries": 8}}),
     "windows of 128 x 48 x 48": (True, _AS_THEY_ARE | {"inference": {"window": (128, 48, 48)}}),
