@@ -71,12 +71,22 @@ def test_noise_alone_fades():
     assert activity(refined(added)).var() < 0.25 * activity(filtered).var()
 
 
+def test_noise_that_pixels_share_is_not_taken_for_signal():
+    """Flicker of the whole field is in no pixel's own variance, and yet no signal."""
+    rng = np.random.default_rng(7)
+    flicker = 10 * rng.normal(size=(SHAPE[0], 1, 1))
+    stack = (100 + flicker + 20 * rng.normal(size=SHAPE)).astype(np.float32)
+    filtered = np.stack(list(smooth(stack)))
+    out = refined(AddedNoise(stack, np.full(SHAPE[1:], 400.0)))
+    assert activity(out).mean((1, 2)).var() < 0.5 * activity(filtered).mean((1, 2)).var()
+
+
 def test_nothing_is_lost_where_there_is_next_to_no_noise():
     """Every component stands out: what a denoiser left as it was stays."""
     rng = np.random.default_rng(4)
     stack = (100 + 30 * rng.normal(size=SHAPE)).astype(np.float32)  # no two pixels alike
     added = AddedNoise(stack, np.full(SHAPE[1:], 0.01))
-    np.testing.assert_allclose(refined(added, unchanged), stack, atol=0.05)
+    np.testing.assert_allclose(refined(added, unchanged), stack, atol=0.1)
 
 
 @pytest.mark.parametrize("shape", [(LEAST_FRAMES, 5, 7), (33, 16, 3), (20, 1, 17), (400, 9, 9)])

@@ -30,6 +30,7 @@ _STEEPNESS = 3
 _SPREAD = 0.2  # expected deviation of a component's weight from what its energy says
 _SHARP_SPREAD = 0.3  # of the weight of its less smoothed course, where a frame says enough
 _SHARP_SIGMA = 1.0  # frames
+_MOST_MORE = 100.0  # noise that a component may have, in units of the noise expected: flicker, jitter of the field
 _TINY = 1e-30
 
 
@@ -87,7 +88,9 @@ def refine_by_components(
     The fluctuations of a block around their temporal mean are taken apart into principal components. A component is
     kept as far as its energy exceeds that of the same component of noise alone. Its weight, and that of its course
     in the noisy stack smoothed by little more than a frame, are then fitted to the noisy stack; the noise that both
-    share with it is taken off, as in Stein's estimate. Blocks overlap, and their results are blended.
+    share with it is taken off, as in Stein's estimate; where differences of frames show more noise in a component than
+    its pixels have of their own (flicker of the light, jitter of the field), that counts. Blocks overlap, and their
+    results are blended.
 
     Parameters
     ----------
@@ -160,24 +163,36 @@ def _refined_blocks(clear: Tensor, noisy: Tensor, response: Tensor, noise: Tenso
     clear, noisy, response, noise = (x - x.mean(1, keepdim=True) for x in (clear, noisy, response, noise))
     energy, components = torch.linalg.eigh(_products(clear))
     of_noise = torch.linalg.eigvalsh(_products(response))
-    ratio = of_noise.clamp(min=0) / energy.clamp(min=_TINY)
-    reliable = (1 / (1 + (ratio / _HALF) ** _STEEPNESS)).float()  # (blocks, components)
     components = components.float()
     clear, noisy, response, noise = (x @ components for x in (clear, noisy, response, noise))
+    expected = noise.square().mean(1)  # (blocks, components)
+    more = (_variance(noisy) / expected.clamp(min=_TINY)).clamp(1, _MOST_MORE)
+    variance = more * expected
+    ratio = of_noise.clamp(min=0) / energy.clamp(min=_TINY) * more
+    reliable = (1 / (1 + (ratio / _HALF) ** _STEEPNESS)).float()
     smooth = gaussian_matrix(clear.shape[1], _SHARP_SIGMA, clear)
     sharp = smooth @ noisy
-    variance = noise.square().mean(1)
     exceeds = (noisy.square().mean(1) / variance.clamp(min=_TINY) - 1).clamp(min=0)
     informed = (exceeds / (1 + exceeds)) ** 2  # how far a single frame tells a component from noise
     first, second = _fitted(
         torch.stack([clear, sharp]),
         noisy,
-        torch.stack([(response * noise).sum(1), smooth.trace() * variance]),
+        torch.stack([more * (response * noise).sum(1), smooth.trace() * variance]),
         torch.stack([_SPREAD * reliable, _SHARP_SPREAD * informed * reliable]),
         reliable,
         variance,
     )
     return mean + (first * clear + second * sharp) @ components.transpose(1, 2)
+
+
+def _variance(courses: Tensor) -> Tensor:
+    """Noise variance (blocks, components) of courses (blocks, T, components), from differences of frames.
+
+    Those over one frame and over two: signal that grows with the delay has no part in it. It shows noise that pixels
+    share and that their own variances do not tell of.
+    """
+    one, two = (((courses[:, lag:] - courses[:, :-lag]).square().mean(1) / 2) for lag in (1, 2))
+    return (2 * one - two).clamp(min=0)
 
 
 def _products(x: Tensor) -> Tensor:
