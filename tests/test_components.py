@@ -127,6 +127,16 @@ def test_long_stacks_are_taken_in_chunks(scene, monkeypatch):
     assert np.square(out - whole).mean() < 0.2 * error(np.stack(list(smooth(added.stack))), clean)
 
 
+def test_a_large_offset_costs_nothing(scene):
+    _, added = scene
+    far = AddedNoise(added.stack.astype(np.int32) + 2**28, added.variance)
+    frames = [np.stack(list(smooth(each[: SHAPE[0]]))) for each in (added.stack, added[: SHAPE[0]])]
+    near, out = (
+        np.stack(list(refine_by_components(*(iter(each) for each in frames), noise))) for noise in (added, far)
+    )
+    np.testing.assert_allclose(out, near, rtol=1e-4)
+
+
 def test_added_noise_is_like_that_of_the_stack():
     stack = np.zeros((200, 30, 40), np.int16)
     variance = np.linspace(1, 100, 30 * 40).reshape(30, 40)

@@ -30,6 +30,7 @@ _STEEPNESS = 3
 _SPREAD = 0.2  # expected deviation of a component's weight from what its energy says
 _SHARP_SPREAD = 0.3  # of the weight of its less smoothed course, where a frame says enough
 _SHARP_SIGMA = 1.0  # frames
+_SEED = 0
 _MOST_MORE = 100.0  # noise that a component may have, in units of the noise expected: flicker, jitter of the field
 _TINY = 1e-30
 
@@ -69,15 +70,13 @@ class AddedNoise:
 
     def noise(self, first: int, last: int) -> np.ndarray:
         """Draw noise of frames `first` to `last` - 1, (frames, H, W) float32."""
-        height, width = self.shape[1:]
-        rows, columns = (_root_spectrum(n, lags) for n, lags in zip(self.shape[1:], self.correlation[1:], strict=True))
-        drawn = np.stack(
-            [np.random.default_rng([0, t]).standard_normal((height, width), np.float32) for t in range(first, last)]
-        )
-        if max(len(lags) for lags in self.correlation[1:]) > 1:
-            spectrum = np.fft.fft2(drawn) * np.outer(rows, columns)
-            drawn = np.fft.ifft2(spectrum).real
-        return (drawn * np.sqrt(self.variance)).astype(np.float32)
+        roots = (_root_spectrum(n, lags) for n, lags in zip(self.shape[1:], self.correlation[1:], strict=True))
+        root, correlated = np.outer(*roots), max(len(lags) for lags in self.correlation[1:]) > 1
+        drawn, deviation = np.empty((last - first, *self.shape[1:]), np.float32), np.sqrt(self.variance)
+        for t, frame in zip(range(first, last), drawn, strict=True):
+            white = np.random.default_rng([_SEED, t]).standard_normal(frame.shape, np.float32)
+            frame[:] = deviation * (np.fft.ifft2(np.fft.fft2(white) * root).real if correlated else white)
+        return drawn
 
 
 def refine_by_components(
@@ -113,7 +112,7 @@ def refine_by_components(
     components of noise; Stein, "Estimation of the Mean of a Multivariate Normal Distribution", Ann. Stat. 1981.
     """
     frames, height, width = added.shape
-    depth = min(frames, max(LEAST_FRAMES, _CHUNK_VOXELS // (height * width)))
+    depth = chunk_frames(added.shape)
     starts = window_starts(frames, depth, 0.5)
     clear, response, blended = (np.zeros((depth, height, width), np.float32) for _ in range(3))
     hann, weight = hann_weights(depth), np.zeros(depth, np.float32)
@@ -122,7 +121,9 @@ def refine_by_components(
         for t in range(held, depth):
             clear[t] = next(denoised)
             response[t] = (next(noisier) - clear[t]) / _ADDED
-        blended += hann[:, None, None] * _refined(clear, response, added, start, torch.device(device))
+        refined = _refined(clear, response, added, start, torch.device(device))
+        refined *= hann[:, None, None]
+        blended += refined
         weight += hann
         done = following - start
         yield from blended[:done] / weight[:done, None, None]
@@ -130,6 +131,11 @@ def refine_by_components(
         for values in (clear, response, blended, weight):
             values[:held] = values[done:].copy()
         blended[held:], weight[held:] = 0, 0
+
+
+def chunk_frames(shape: tuple[int, int, int]) -> int:
+    """Frames of a stack of this shape that :func:`refine_by_components` looks at together."""
+    return min(shape[0], max(LEAST_FRAMES, _CHUNK_VOXELS // (shape[1] * shape[2])))
 
 
 def _refined(
@@ -145,7 +151,10 @@ def _refined(
     where = torch.device("cpu") if device.type == "mps" else device
 
     def blocks(values: np.ndarray, top: int) -> Tensor:
-        strip = torch.from_numpy(values[:, top : top + rows].astype(np.float32)).to(where)
+        strip = values[:, top : top + rows]
+        if values is noisy:  # as recorded: a large offset would cost digits
+            strip = strip - strip.mean(0, dtype=np.float64)
+        strip = torch.from_numpy(strip.astype(np.float32)).to(where)
         return torch.stack([strip[:, :, left : left + columns].flatten(1) for left in lefts])  # (blocks, T, pixels)
 
     for top in window_starts(height, rows, 0.5):
@@ -153,7 +162,8 @@ def _refined(
         for left, block in zip(lefts, refined.cpu().numpy(), strict=True):
             total[:, top : top + rows, left : left + columns] += block.reshape(depth, rows, columns) * plane
             weight[top : top + rows, left : left + columns] += plane
-    return total / weight
+    total /= weight
+    return total
 
 
 @torch.no_grad()

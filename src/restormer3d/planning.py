@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from restormer3d.arithmetic import Engine, Precision, autocast, float32_products, usable
 from restormer3d.checkpoint import load_weights, shipped_weights
+from restormer3d.components import chunk_frames
 from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingConfig, recipe
 from restormer3d.inference import count_windows
 from restormer3d.model import Restormer3D
@@ -358,7 +359,10 @@ def estimate(
     seconds = iterations * calibration.seconds_per_iteration
     seconds += _inference_seconds(shape, chosen.inference, calibration)
     frames = 4 * shape[1] * shape[2]
-    buffers = (8 if chosen.inference.components else 3) * chosen.inference.window[0] * frames
+    held = 3 * chosen.inference.window[0]
+    if chosen.inference.components:  # the stack is denoised twice, and chunks of both are compared
+        held = 2 * held + 6 * chunk_frames(shape)
+    buffers = held * frames
     if device.type == "cpu":  # the calibration has just run with everything allocated
         return seconds, psutil.Process().memory_info().rss + buffers
     return seconds, torch.cuda.max_memory_allocated(device) + buffers if device.type == "cuda" else buffers
