@@ -109,24 +109,19 @@ def _network(name: str, options: Options) -> dict[str, Any]:
     from restormer3d.planning import settings
     from restormer3d.sidecar import weights_record
 
-    weights = options.weights or shipped_weights() or "none"
-    if name.endswith("scratch"):
-        weights = "none"
-    elif str(weights) == "none":
+    differs = METHODS[name].differs
+    weights = str(options.weights or shipped_weights() or "none")
+    if weights == "none" and "weights" not in differs:
         return {"arguments": None, "settings": "for there are no pretrained weights"}
-    recipe, iterations = "default", options.iterations
-    if name.startswith("published"):
-        recipe, iterations = "published", options.published_iterations
-    if name.endswith("not-fine-tuned"):
-        iterations = 0
+    published = differs.get("recipe_name") == "published"
     arguments = {
-        "recipe_name": recipe,
-        "weights": str(weights if str(weights) == "none" else Path(weights).resolve()),
-        "iterations": iterations,
+        "recipe_name": "default",
+        "weights": weights if weights == "none" else str(Path(weights).resolve()),
+        "iterations": options.published_iterations if published else options.iterations,
         "seed": options.seed,
-        "blind_spot": "point" if "-point" in name else None,
+        "blind_spot": None,
         "config_file": None if options.config is None else str(options.config.resolve()),
-    }
+    } | differs
     chosen = settings(**arguments)
     resolved = {part: getattr(chosen, part).model_dump(mode="json") for part in ("model", "training", "inference")}
     resolved["weights"] = weights_record(chosen)

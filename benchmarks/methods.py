@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ class Method:
     kind: Literal["filter", "network", "peer"] = "filter"
     oracle: str = ""
     grid: dict[str, tuple[float, ...]] | None = None
+    differs: dict[str, Any] = field(default_factory=dict)  # arguments of `planning.settings`, for a network
 
 
 def raw(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
@@ -143,18 +144,29 @@ METHODS = {
     "svd-gaussian": Method("SVD + small Gaussian (`--method svd`)", svd_gaussian),
     "svd-gaussian-oracle": Method("SVD + Gaussian", svd_gaussian_oracle, oracle="stsnr", grid=SVD_GRID),
     "peer": Method("peer", peer, "peer"),
-    "published-scratch": Method("Restormer3D, published recipe, from scratch", network, "network"),
-    "default-scratch": Method("Restormer3D, default recipe, from scratch", network, "network"),
+    "published-scratch": Method(
+        "Restormer3D, published recipe, from scratch",
+        network,
+        "network",
+        differs={"recipe_name": "published", "weights": "none"},
+    ),
+    "default-scratch": Method(
+        "Restormer3D, default recipe, from scratch", network, "network", differs={"weights": "none"}
+    ),
     "default-point-not-fine-tuned": Method(
         "Restormer3D, default, weights as they are, neighbors' noise taken for independent (`--blind-spot point`)",
         network,
         "network",
+        differs={"blind_spot": "point", "iterations": 0},
     ),
-    "default-not-fine-tuned": Method("Restormer3D, default, pretrained weights as they are", network, "network"),
+    "default-not-fine-tuned": Method(
+        "Restormer3D, default, pretrained weights as they are", network, "network", differs={"iterations": 0}
+    ),
     "default-point": Method(
         "Restormer3D, default, fine-tuned, neighbors' noise taken for independent (`--blind-spot point`)",
         network,
         "network",
+        differs={"blind_spot": "point"},
     ),
     "default": Method("**Restormer3D, default**, pretrained and fine-tuned", network, "network"),
 }
