@@ -73,7 +73,7 @@ def denoise(
         What computes the slow operators: by default the one made for the device; "reference" is plain PyTorch.
     precision
         Of the network's arithmetic. "tf32" (NVIDIA GPUs, else it changes nothing) and "bf16" (not with the CPU engine)
-        are faster; how much quality they cost has not been measured.
+        are faster; docs/speed.md has what they cost in quality.
     threads
         CPU threads; by default all cores.
     time_limit
