@@ -63,6 +63,7 @@ def ablation(
     shape: Annotated[tuple[int, int, int], Parameter(negative="")] = (200, 96, 96),
     levels: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")] = (1, 2, 3),
     iterations: int = 100,
+    without: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     folder: Path = Path("runs/ablation"),
     write: Path | None = None,
 ) -> int:
@@ -76,6 +77,8 @@ def ablation(
         Noise levels: 1, 2, 3.
     iterations
         Of the fine-tuned rows.
+    without
+        Rows to leave out: those with any of these words in their name.
     folder
         Where the cells are kept.
     write
@@ -85,6 +88,8 @@ def ablation(
     scene = simulate_scene(shape, seed=_SEED)
     lines = level_head(" x ".join(map(str, shape)), levels)
     for label, (network, change) in ROWS.items():
+        if any(word in label for word in without):
+            continue
         chosen = _settings(change, iterations)
         cells = [_cell(scene, level, chosen, network, folder) for level in levels]
         lines.append(f"| {label} | " + " | ".join(_text(cell) for cell in cells) + " |")
