@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from restormer3d import components
+from restormer3d.arithmetic import torch_device
 from restormer3d.baselines import gaussian_frames
 from restormer3d.components import LEAST_FRAMES, AddedNoise, refine_by_components
 from restormer3d.denoising import silent, start_denoising
-from restormer3d.planning import settings, torch_device
+from restormer3d.planning import settings
 
 from .conftest import blinking_cells, photons
 
 SHAPE = (96, 40, 36)
-INDEPENDENT = ((1.0,), (1.0,), (1.0,))
 
 
 def smooth(stack):

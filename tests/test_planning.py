@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from restormer3d.arithmetic import torch_device
 from restormer3d.config import recipe
 from restormer3d.inference import count_windows
 from restormer3d.patches import training_stack
@@ -18,7 +19,6 @@ from restormer3d.planning import (
     parse_blind_spot,
     pretraining_settings,
     settings,
-    torch_device,
 )
 
 SHAPE = (300, 128, 128)

@@ -1,4 +1,4 @@
-"""How the network computes: by which engine, and how exactly.
+"""How the network computes: on which device, by which engine, and how exactly.
 
 Float32; TF32 products on NVIDIA GPUs; or bfloat16 by autocast over float32 weights.
 """
@@ -73,3 +73,21 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the context that a forward pass runs in; only "bf16" changes anything."""
     # Without the cache of cast weights: it would keep them over an update, and a CUDA graph cannot record it.
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device to compute on; "auto" takes a GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or the device is not on this machine.
+    """
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
+    if name.split(":")[0] not in present:
+        raise ValueError(f"device {name!r} is unknown: expected auto, cpu, cuda or mps")
+    if not present[name.split(":")[0]]:
+        raise ValueError(f"device {name!r} is not available on this machine: use --device auto or --device cpu")
+    return torch.device(name)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from restormer3d.arithmetic import Precision, forced_engine, usable
+from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.components import LEAST_FRAMES, AddedNoise, refine_by_components
 from restormer3d.inference import denoise_frames
@@ -30,7 +30,6 @@ from restormer3d.planning import (
     ends_in_time,
     estimate,
     fit_to_time,
-    torch_device,
     training_plan,
 )
 from restormer3d.sidecar import network_record, weights_record

@@ -209,24 +209,6 @@ def parse_blind_spot(text: str) -> str | tuple[int, int, int]:
     return (reach["t"], reach["y"], reach["x"])
 
 
-def torch_device(name: str) -> torch.device:
-    """The device to compute on; "auto" takes a GPU if there is one.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown or the device is not on this machine.
-    """
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
-    if name.split(":")[0] not in present:
-        raise ValueError(f"device {name!r} is unknown: expected auto, cpu, cuda or mps")
-    if not present[name.split(":")[0]]:
-        raise ValueError(f"device {name!r} is not available on this machine: use --device auto or --device cpu")
-    return torch.device(name)
-
-
 def training_plan(chosen: Settings) -> str:
     """Say what training will be done, in words."""
     total = chosen.training.warmup_iterations + chosen.training.iterations

@@ -12,11 +12,11 @@ import numpy as np
 import psutil
 import torch
 
-from restormer3d.arithmetic import Engine, Precision, forced_engine
+from restormer3d.arithmetic import Engine, Precision, forced_engine, torch_device
 from restormer3d.checkpoint import save_weights
 from restormer3d.config import Recipe
 from restormer3d.denoising import Method, Progress, Say, denoise_array, silent, start_denoising
-from restormer3d.planning import Pretrained, Settings, settings, torch_device
+from restormer3d.planning import Pretrained, Settings, settings
 from restormer3d.sidecar import sidecar
 from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, write_stack
 

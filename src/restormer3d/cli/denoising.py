@@ -86,8 +86,8 @@ def denoise(
         TOML file with tables [model], [training], [inference].
     """
     try:
-        from restormer3d.arithmetic import usable
-        from restormer3d.planning import settings, torch_device
+        from restormer3d.arithmetic import torch_device, usable
+        from restormer3d.planning import settings
         from restormer3d.workflow import denoise_files, output_files
 
         set_threads(threads)

@@ -226,10 +226,10 @@ def pretrain(
     config
         TOML file with tables [model] and [training].
     """
-    from restormer3d.arithmetic import forced_engine, usable
+    from restormer3d.arithmetic import forced_engine, torch_device, usable
     from restormer3d.checkpoint import load_weights
     from restormer3d.distributed import is_first, joined_processes
-    from restormer3d.planning import pretraining_settings, torch_device
+    from restormer3d.planning import pretraining_settings
     from restormer3d.pretraining import pretrain
 
     try:
