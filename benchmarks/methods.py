@@ -24,7 +24,7 @@ from restormer3d.stacks import open_stack, write_stack
 
 GAUSSIAN_GRID = {"sigma_t": (1, 2, 3, 5, 8, 12, 20, 30, 45), "sigma_xy": (0, 0.5, 0.8, 1, 1.3, 1.8, 2.5, 3.5, 5)}
 SVD_GRID = {"sigma_t": (1, 2, 4, 8, 16), "sigma_xy": (0, 0.5, 0.8, 1.2, 1.8, 2.5)}
-_RECORDED = ("settings", "weights", "device", "engine", "threads", "blind_spot", "seconds")
+_RECORDED = ("settings", "weights", "device", "engine", "threads", "blind_spot", "seconds", "iterations", "held_out")
 
 Score = Callable[[Iterable[np.ndarray]], float]
 """How good denoised frames are, for an oracle: higher is better."""

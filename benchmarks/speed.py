@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import tifffile
 import torch
 from cyclopts import App, Parameter
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.jobs import without_folders
 from benchmarks.memory import peak_resident_bytes
 from benchmarks.speed_operators import ceilings, depthwise, operators
-from benchmarks.speed_table import BEGIN, END, report
+from benchmarks.speed_table import report
 from benchmarks.stock import stock_copy
 from benchmarks.tables import put_between
 from benchmarks.timing import alternate
@@ -35,10 +34,12 @@ from restormer3d.arithmetic import float32_products
 from restormer3d.config import ModelConfig
 from restormer3d.cuda_graph import GraphedStep
 from restormer3d.model import Restormer3D
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 
 app = App(name="python -m benchmarks.speed", help_format="plaintext")
 
 _SMALL = ModelConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2), last_level_channels=8)
+_JOB_SEED = 9_300_000
 _PATCH = (16, 64, 64)
 _COMPILED = "stock, compiled"
 _QUICK_NOTE = "**A check that the benchmark runs, with a tiny network: the numbers mean nothing.**"
@@ -51,7 +52,7 @@ def speed(
     repeats: int = 5,
     quick: Annotated[bool, Parameter(negative="")] = False,
     compiled: bool | None = None,
-    job: bool = True,
+    parts: Literal["all", "network", "job"] = "all",
     job_minutes: float | None = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
     write: Path | None = None,
@@ -68,26 +69,30 @@ def speed(
         A tiny network and one round, to see that the benchmark works.
     compiled
         Time the stock network under torch.compile too, which takes minutes to compile. By default unless --quick.
-    job
-        Time `restormer3d denoise` on a simulated [500, 128, 128] int16 stack.
+    parts
+        "network": steps, passes and operators. "job": `restormer3d denoise` on a simulated [500, 128, 128] int16 stack.
     job_minutes
         Time limit of that job, for slow machines; by default it runs the whole recipe.
     json_file
         Where to write all timings.
     write
-        Markdown file whose table is replaced.
+        Markdown file whose tables are replaced.
     """
     compiled = not quick if compiled is None else compiled
-    with float32_products("fp32"):
-        result = measure(torch.device(device), 1 if quick else repeats, quick=quick, compiled=compiled)
-    if job:
-        result["job"] = time_job(device, job_minutes, quick=quick)
-    table = report(result)
-    print(f"{_QUICK_NOTE}\n\n{table}" if quick else table)
+    origin = {"command": _command(), "machine": describe_machine(torch.device(device))}
+    result: dict[str, Any] = {}
+    if parts != "job":
+        with float32_products("fp32"):
+            result = measure(torch.device(device), 1 if quick else repeats, quick=quick, compiled=compiled) | origin
+    if parts != "network":
+        result["job"] = time_job(device, job_minutes, quick=quick) | origin
+    tables = {marks: text for marks, text in report(result).items() if text}
+    print("\n\n".join([_QUICK_NOTE] * quick + list(tables.values())))
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
-    if write:
-        put_between(write, BEGIN, END, table)
+    for marks, text in tables.items():
+        if write:
+            put_between(write, *marks, text)
 
 
 def measure(device: torch.device, repeats: int, *, quick: bool, compiled: bool) -> dict[str, Any]:
@@ -103,8 +108,6 @@ def measure(device: torch.device, repeats: int, *, quick: bool, compiled: bool) 
     plain = {name: model for name, model in variants.items() if name != _COMPILED}
     x = torch.randn(1, 1, *patch, device=device)
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.speed {without_folders(sys.argv[1:])}".strip(),
-        "machine": describe_machine(device),
         "repeats": repeats,
         "parameters": sum(p.numel() for p in variants["ours"].parameters()),
         "agreement": agreement(variants, patch, device),
@@ -124,6 +127,10 @@ def measure(device: torch.device, repeats: int, *, quick: bool, compiled: bool) 
     result["inference"] = {"voxels": x.numel(), "seconds": alternate(passes, repeats, device)}
     result["peak_bytes"] = {name: in_new_process(peak_memory, name, config, patch, str(device)) for name in plain}
     return result
+
+
+def _command() -> str:
+    return f"python -m benchmarks.speed {without_folders(sys.argv[1:])}".strip()
 
 
 def build_variants(config: ModelConfig, device: torch.device) -> dict[str, nn.Module]:
@@ -237,12 +244,11 @@ def time_job(device: str, minutes: float | None, *, quick: bool) -> dict[str, An
     from restormer3d.workflow import denoise_files
 
     shape = (16, 16, 16) if quick else (500, 128, 128)
-    rng = np.random.default_rng(0)
-    signal = 200 + 100 * np.sin(np.linspace(0, 20, shape[0]))[:, None, None] * np.ones(shape)
+    noisy = NoisyScene(simulate_scene(shape, seed=_JOB_SEED), *noise_parameters(2), seed=_JOB_SEED)
     chosen = settings(iterations=1 if quick else None)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "noisy.tif"), Path(folder, "denoised.tif")
-        tifffile.imwrite(source, (rng.poisson(signal / 20) * 20).astype(np.int16))
+        tifffile.imwrite(source, noisy[:])
         start = time.perf_counter()
         failures = denoise_files([source], target, chosen, device=device, time_limit=minutes)
         seconds = time.perf_counter() - start
@@ -252,9 +258,9 @@ def time_job(device: str, minutes: float | None, *, quick: bool) -> dict[str, An
     done = {"shape": list(shape), "limit": minutes, "seconds": seconds, "method": record["method"]}
     if record["method"] != "restormer3d":
         return done
-    training, inference = record["settings"]["training"], record["settings"]["inference"]
+    inference = record["settings"]["inference"]
     return done | {
-        "iterations": training["warmup_iterations"] + training["iterations"],
+        "iterations": record["iterations"],
         "recipe_iterations": chosen.training.warmup_iterations + chosen.training.iterations,
         "overlap_t": inference["overlap_t"],
         "overlap_xy": inference["overlap_xy"],

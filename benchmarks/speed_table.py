@@ -1,20 +1,30 @@
-"""The speed table as Markdown, from what `benchmarks.speed` measured."""
+"""The speed tables as Markdown, from what `benchmarks.speed` measured."""
 
 from __future__ import annotations
 
 from statistics import median
 from typing import Any
 
-BEGIN = "<!-- speed table: begin (written by benchmarks.speed --write; edit nothing here by hand) -->"
-END = "<!-- speed table: end -->"
+_WRITTEN = "begin (written by benchmarks.speed --write; edit nothing here by hand)"
+MARKS = (f"<!-- speed table: {_WRITTEN} -->", "<!-- speed table: end -->")
+JOB_MARKS = (f"<!-- whole job: {_WRITTEN} -->", "<!-- whole job: end -->")
+"""Lines of the page between which the tables stand."""
+
 _MEMORY_ROWS = (
     ("saved_bytes_per_voxel", "saved for the backward pass, kB per voxel", 1e3),
     ("peak_bytes", "peak memory of a training step of batch 4, MB", 1e6),
 )
 
 
-def report(result: dict[str, Any]) -> str:
-    """Return the table, with the machine and the command that made it."""
+def report(result: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """Return what stands between which marks, with the machine and the command that made it; empty if not measured."""
+    return {
+        MARKS: _network(result) if "training" in result else "",
+        JOB_MARKS: _job(result["job"]) if "job" in result else "",
+    }
+
+
+def _network(result: dict[str, Any]) -> str:
     parts = [
         f"`{result['command']}` on {result['machine']}.",
         f"The published network, {result['parameters']:,} parameters, float32. Gradients of ours and of stock differ "
@@ -26,8 +36,6 @@ def report(result: dict[str, Any]) -> str:
         "\n".join(_depthwise_rows(result["depthwise"])),
         "\n".join(_operator_rows(result["operators"])),
     ]
-    if "job" in result:
-        parts.append(_job(result["job"]))
     return "\n\n".join(parts)
 
 
@@ -86,10 +94,11 @@ def _operator_rows(operators: list[dict[str, Any]]) -> list[str]:
 def _job(job: dict[str, Any]) -> str:
     shape = " x ".join(str(size) for size in job["shape"])
     limit = "without a time limit" if job["limit"] is None else f"under --time-limit {job['limit']:g}"
+    origin = f"`{job['command']}` on {job['machine']}."
     if job["method"] != "restormer3d":
-        return f"Whole job, {shape} int16, {limit}: no network in that time ({job['method']})."
+        return f"{origin} Whole job, {shape} int16, {limit}: no network in that time ({job['method']})."
     return (
-        f"Whole job: `restormer3d denoise` with the default recipe, TIFF to TIFF, {shape} int16, {limit}: "
+        f"{origin} Whole job: `restormer3d denoise` with the default recipe, TIFF to TIFF, {shape} int16, {limit}: "
         f"{job['seconds'] / 60:.1f} minutes, {job['iterations']} of {job['recipe_iterations']} iterations, overlap "
         f"{job['overlap_t']:g} in time and {job['overlap_xy']:g} in the plane, {job['engine']} operators on "
         f"{job['device']}."

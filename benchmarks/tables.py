@@ -219,14 +219,22 @@ def _network_table(cells: list[Cell]) -> str:
         training = [entry["settings"]["training"] for entry in done]
         columns = [
             own[0]["label"],
-            _all(f"{entry['warmup_iterations']} + {entry['iterations']}" for entry in training),
+            _all(map(_iterations, done)),
             _all(" x ".join(map(str, entry["patch"])) for entry in training),
             _all(entry["batch_size"] for entry in training),
             _all(entry["weights"]["sha256"][:12] if entry["weights"] else "random" for entry in done),
             _all(f"{entry['engine']}, {entry['device']}, {entry['threads']} threads" for entry in done),
         ]
         lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join([*lines, "", "Iterations: warm-up + Noise2Void, as they were done on each stack."])
+    note = "Iterations that were done on each stack; in brackets those whose weights the held-out voxels chose."
+    return "\n".join([*lines, "", note])
+
+
+def _iterations(done: dict[str, Any]) -> str:
+    training = done["settings"]["training"]
+    planned = training["warmup_iterations"] + training["iterations"]  # all that records of older commits hold
+    kept = done.get("held_out", {}).get("kept_iteration")
+    return str(done.get("iterations", planned)) + ("" if kept is None else f" ({kept})")
 
 
 def _recording(cell: Cell) -> str:

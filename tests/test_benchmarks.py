@@ -148,8 +148,10 @@ def speeds():
 
 def test_the_speed_table_has_every_row_and_says_what_was_left_out(speeds):
     done = {"iterations": 7, "recipe_iterations": 800, "overlap_t": 0.25, "overlap_xy": 0.0}
-    job = {"shape": [500, 128, 128], "limit": 3.0, "seconds": 170.0, "method": "restormer3d", "engine": "cpu"}
-    table = speed_table.report(speeds | {"job": job | done | {"device": "cpu"}})
+    origin = {"command": "python -m benchmarks.speed", "machine": "a machine"}
+    job = {"shape": [500, 128, 128], "limit": 3.0, "seconds": 170.0, "method": "restormer3d", "engine": "cpu"} | origin
+    tables = speed_table.report(speeds | origin | {"job": job | done | {"device": "cpu"}})
+    table = "\n".join(tables.values())
     for row in ("training step, 2,048 voxels", "training step, 8,192 voxels", "inference, thousand voxels/s"):
         assert row in table
     for row in ("saved for the backward pass", "peak memory", "input gradient", "weight gradient", "mdta", "gdfn"):
@@ -157,8 +159,10 @@ def test_the_speed_table_has_every_row_and_says_what_was_left_out(speeds):
     assert "Left out: stock, compiled: no C++ compiler\n" in table
     assert "under --time-limit 3: 2.8 minutes, 7 of 800 iterations, overlap 0.25 in time and 0 in the plane" in table
     assert speeds["agreement"] < 1e-4
-    filtered = {"shape": [500, 128, 128], "limit": 0.1, "seconds": 3.0, "method": "gaussian"}
-    assert "no network in that time" in speed_table.report(speeds | {"job": filtered})
+    filtered = {"shape": [500, 128, 128], "limit": 0.1, "seconds": 3.0, "method": "gaussian"} | origin
+    alone = speed_table.report({"job": filtered})
+    assert "no network in that time" in alone[speed_table.JOB_MARKS]
+    assert not alone[speed_table.MARKS]
 
 
 def test_the_ratio_compares_with_the_best_of_stock():
@@ -168,14 +172,14 @@ def test_the_ratio_compares_with_the_best_of_stock():
 def test_a_new_speed_table_leaves_the_prose(tmp_path):
     page = tmp_path / "speed.md"
     page.write_text((quality.ROOT / "docs/speed.md").read_text())
-    speed.put_between(page, speed_table.BEGIN, speed_table.END, "new table")
+    speed.put_between(page, *speed_table.MARKS, "new table")
     text = page.read_text()
     assert "new table" in text
-    assert "training step" not in text.split(speed_table.END)[0]
+    assert "training step" not in text.split(speed_table.MARKS[1])[0]
     assert "## Precision and engine" in text
     page.write_text("no markers")
     with pytest.raises(ValueError, match="between which the table goes"):
-        speed.put_between(page, speed_table.BEGIN, speed_table.END, "new table")
+        speed.put_between(page, *speed_table.MARKS, "new table")
 
 
 def test_the_peak_memory_of_a_step_is_that_of_the_step():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from restormer3d import components
 from restormer3d.arithmetic import torch_device
@@ -87,6 +88,19 @@ def test_nothing_is_lost_where_there_is_next_to_no_noise():
     stack = (100 + 30 * rng.normal(size=SHAPE)).astype(np.float32)  # no two pixels alike
     added = AddedNoise(stack, np.full(SHAPE[1:], 0.01))
     np.testing.assert_allclose(refined(added, unchanged), stack, atol=0.1)
+
+
+def test_leading_components_are_those_of_the_whole_decomposition():
+    rng = np.random.default_rng(6)
+    sizes = 0.8 ** np.arange(60)
+    blocks = rng.normal(size=(3, 80, 60)) * sizes @ np.linalg.qr(rng.normal(size=(60, 60)))[0]
+    energy, found = components._leading(torch.from_numpy(blocks.astype(np.float32)))
+    for block, own, vectors in zip(blocks, energy.numpy(), found.numpy(), strict=True):
+        values, expected = np.linalg.eigh(block.T @ block)
+        np.testing.assert_allclose(own[1:-1], values[-len(own) + 2 :], rtol=1e-3)
+        np.testing.assert_allclose(own.sum(), values.sum(), rtol=1e-5)
+        np.testing.assert_allclose(np.abs((expected[:, -8:] * vectors[:, -8:]).sum(0)), 1, atol=1e-3)
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(vectors.shape[1]), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(LEAST_FRAMES, 5, 7), (33, 16, 3), (20, 1, 17), (400, 9, 9)])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ LEAST_FRAMES = 16
 """Frames that a stack must have: fewer say nothing of what pixels do together."""
 
 _ADDED = 0.25  # deviations of noise that are added: little, so that the network weighs its filters as before
-_BLOCK = 16  # pixels
+_BLOCKS = (8, 16, 32)  # pixels: small ones follow what is near, large ones know more of it; their mean is better
+# Components of a block that are looked at one by one. Larger matrices PyTorch decomposes one after the other on CUDA.
+_MOST = 32
+_POWERS = 6  # passes to find them
+_DRAWN = 32  # frames of noise that are drawn; others are these, moved
 _CHUNK_VOXELS = 2**26  # of frames that are looked at together
 _HALF = 0.45  # energy of noise, relative to a component's, at which half of the component is kept
 _STEEPNESS = 3
@@ -70,12 +75,22 @@ class AddedNoise:
 
     def noise(self, first: int, last: int) -> np.ndarray:
         """Draw noise of frames `first` to `last` - 1, (frames, H, W) float32."""
+        noise, deviation = np.empty((last - first, *self.shape[1:]), np.float32), np.sqrt(self.variance)
+        for t, frame in zip(range(first, last), noise, strict=True):
+            rng = np.random.default_rng([_SEED, t])
+            drawn = self._drawn[rng.integers(_DRAWN)]
+            np.multiply(deviation, np.roll(drawn, rng.integers(frame.shape), (0, 1)), out=frame, casting="same_kind")
+        return noise
+
+    @cached_property
+    def _drawn(self) -> np.ndarray:
+        """Noise of unit variance, (frames, H, W): as it closes on itself, frames can be moved around."""
         roots = (_root_spectrum(n, lags) for n, lags in zip(self.shape[1:], self.correlation[1:], strict=True))
         root, correlated = np.outer(*roots), max(len(lags) for lags in self.correlation[1:]) > 1
-        drawn, deviation = np.empty((last - first, *self.shape[1:]), np.float32), np.sqrt(self.variance)
-        for t, frame in zip(range(first, last), drawn, strict=True):
-            white = np.random.default_rng([_SEED, t]).standard_normal(frame.shape, np.float32)
-            frame[:] = deviation * (np.fft.ifft2(np.fft.fft2(white) * root).real if correlated else white)
+        drawn = np.random.default_rng(_SEED).standard_normal((_DRAWN, *self.shape[1:]), np.float32)
+        if correlated:
+            for frame in drawn:
+                frame[:] = np.fft.ifft2(np.fft.fft2(frame) * root).real
         return drawn
 
 
@@ -88,8 +103,8 @@ def refine_by_components(
     kept as far as its energy exceeds that of the same component of noise alone. Its weight, and that of its course
     in the noisy stack smoothed by little more than a frame, are then fitted to the noisy stack; the noise that both
     share with it is taken off, as in Stein's estimate; where differences of frames show more noise in a component than
-    its pixels have of their own (flicker of the light, jitter of the field), that counts. Blocks overlap, and their
-    results are blended.
+    its pixels have of their own (flicker of the light, jitter of the field), that counts. What is left beyond the
+    largest components is kept in the same way, as one. Blocks of three sizes overlap, and their results are blended.
 
     Parameters
     ----------
@@ -141,45 +156,119 @@ def chunk_frames(shape: tuple[int, int, int]) -> int:
 def _refined(
     clear: np.ndarray, response: np.ndarray, added: AddedNoise, start: int, device: torch.device
 ) -> np.ndarray:
-    """Refine a chunk of frames from `start` on, (T, H, W), one row of blocks at a time."""
-    depth, height, width = clear.shape
-    noisy, noise = added.stack[start : start + depth], added.noise(start, start + depth)
-    rows, columns = min(_BLOCK, height), min(_BLOCK, width)
-    plane = np.outer(hann_weights(rows), hann_weights(columns))
-    total, weight = np.zeros_like(clear), np.zeros((height, width), np.float32)
-    lefts = window_starts(width, columns, 0.5)
+    """Refine a chunk of frames from `start` on, (T, H, W): the mean of what blocks of all sizes give."""
+    depth = len(clear)
+    noisy, recorded = np.empty_like(clear), added.stack[start : start + depth]
+    mean = recorded.mean(0, dtype=np.float64)  # taken off as recorded: a large offset would cost digits
+    for frame, as_recorded in zip(noisy, recorded, strict=True):
+        frame[:] = as_recorded - mean
     where = torch.device("cpu") if device.type == "mps" else device
+    noise = added.noise(start, start + depth)
+    fields = [torch.from_numpy(values).to(where) for values in (clear, noisy, response, noise)]
+    total = torch.zeros_like(fields[0])
+    for size in _BLOCKS:
+        _add_refined(total, fields, size)
+    return (total / len(_BLOCKS)).cpu().numpy()
 
-    def blocks(values: np.ndarray, top: int) -> Tensor:
-        strip = values[:, top : top + rows]
-        if values is noisy:  # as recorded: a large offset would cost digits
-            strip = strip - strip.mean(0, dtype=np.float64)
-        strip = torch.from_numpy(strip.astype(np.float32)).to(where)
-        return torch.stack([strip[:, :, left : left + columns].flatten(1) for left in lefts])  # (blocks, T, pixels)
 
-    for top in window_starts(height, rows, 0.5):
-        refined = _refined_blocks(*(blocks(values, top) for values in (clear, noisy, response, noise)))
-        for left, block in zip(lefts, refined.cpu().numpy(), strict=True):
-            total[:, top : top + rows, left : left + columns] += block.reshape(depth, rows, columns) * plane
-            weight[top : top + rows, left : left + columns] += plane
-    total /= weight
-    return total
+def _add_refined(total: Tensor, fields: list[Tensor], size: int) -> None:
+    """Refine the fields (T, H, W) in blocks of one size, one row of blocks at a time, and add the result to `total`."""
+    depth, height, width = total.shape
+    rows, columns = min(size, height), min(size, width)
+    tops, lefts = (window_starts(*span, 0.5) for span in ((height, rows), (width, columns)))
+    across, down = (torch.from_numpy(hann_weights(n)).to(total) for n in (columns, rows))
+    places = torch.tensor(lefts, device=total.device)[:, None] + torch.arange(columns, device=total.device)
+    weights = [torch.zeros(n).to(total) for n in (height, width)]
+    for weight, starts, hann in zip(weights, (tops, lefts), (down, across), strict=True):
+        for first in starts:
+            weight[first : first + len(hann)] += hann
+    for top in tops:
+        strips = (values[:, top : top + rows][:, :, places] for values in fields)  # (T, rows, blocks, columns)
+        blocks = (strip.permute(2, 0, 1, 3).reshape(len(lefts), depth, -1) for strip in strips)
+        refined = _refined_blocks(*blocks).view(len(lefts), depth, rows, columns)
+        refined *= (down / weights[0][top : top + rows])[:, None] * across
+        for left, block in zip(lefts, refined, strict=True):
+            block /= weights[1][left : left + columns]
+            total[:, top : top + rows, left : left + columns] += block
 
 
 @torch.no_grad()
-def _refined_blocks(clear: Tensor, noisy: Tensor, response: Tensor, noise: Tensor) -> Tensor:
-    """Refine blocks, all (blocks, T, pixels): denoised, noisy, and how `noise` comes out of the denoiser."""
-    mean = clear.mean(1, keepdim=True)
-    clear, noisy, response, noise = (x - x.mean(1, keepdim=True) for x in (clear, noisy, response, noise))
-    energy, components = torch.linalg.eigh(_products(clear))
-    of_noise = torch.linalg.eigvalsh(_products(response))
-    components = components.float()
-    clear, noisy, response, noise = (x @ components for x in (clear, noisy, response, noise))
-    expected = noise.square().mean(1)  # (blocks, components)
-    more = (_variance(noisy) / expected.clamp(min=_TINY)).clamp(1, _MOST_MORE)
-    variance = more * expected
+def _refined_blocks(*fields: Tensor) -> Tensor:
+    """Refine blocks, all (blocks, T, pixels): denoised, noisy, and how noise comes out of the denoiser; that noise."""
+    mean = fields[0].mean(1, keepdim=True)
+    fluctuations = [x - x.mean(1, keepdim=True) for x in fields]
+    energy, components = _leading(fluctuations[0])
+    of_noise, _ = _leading(fluctuations[2])
+    clear, noisy, response, noise = (_Split(x, x @ components) for x in fluctuations)
+    expected = _inner(noise, noise)
+    more = (_noise_energy(noisy) / expected.clamp(min=_TINY)).clamp(1, _MOST_MORE)
     ratio = of_noise.clamp(min=0) / energy.clamp(min=_TINY) * more
     reliable = (1 / (1 + (ratio / _HALF) ** _STEEPNESS)).float()
+    variance = (more * expected / fields[0].shape[1]).float()
+    courses = _refitted(
+        *(split.courses for split in (clear, noisy, response, noise)),
+        *(values[:, :-1] for values in (more.float(), reliable, variance)),
+    )
+    rest = reliable[:, -1:].unsqueeze(2)
+    return mean + rest * clear.whole + (courses - rest * clear.courses) @ components.mT
+
+
+class _Split(NamedTuple):
+    """Fluctuations of blocks (blocks, T, pixels), and their components' courses (blocks, T, components)."""
+
+    whole: Tensor
+    courses: Tensor
+
+
+def _leading(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest principal components (blocks, pixels, components) of blocks (blocks, T, pixels), and their energies.
+
+    Energies (blocks, components + 1): the last one is what is left beyond them. By powers of the covariance, which
+    find the large ones first; where the small ones mix it does not matter.
+    """
+    count = min(_MOST, x.shape[2], x.shape[1] - 1)
+    start = torch.randn(x.shape[2], count, generator=torch.Generator().manual_seed(_SEED))
+    components = start.to(x).expand(len(x), -1, -1)
+    for _ in range(_POWERS):
+        components = _orthonormal(x.mT @ (x @ components))
+    courses = x @ components
+    energy, turned = torch.linalg.eigh(courses.mT.double() @ courses.double())
+    whole = x.square().sum((1, 2), dtype=torch.float64).unsqueeze(1)
+    return torch.cat([energy, whole - energy.sum(1, keepdim=True)], 1), components @ turned.float()
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """Orthonormal columns that span those of x (blocks, pixels, columns); those that span nothing become small."""
+    x = x.double()
+    gram = x.mT @ x
+    diagonal = gram.diagonal(dim1=1, dim2=2)  # a view
+    diagonal += 1e-12 * diagonal.mean(1, keepdim=True) + _TINY
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), x.mT, upper=False).mT.float()
+
+
+def _inner(a: _Split, b: _Split) -> Tensor:
+    """Inner products over time of the courses, and of what is left beyond them: (blocks, components + 1)."""
+    courses = (a.courses * b.courses).sum(1, dtype=torch.float64)
+    whole = (a.whole * b.whole).sum((1, 2), dtype=torch.float64).unsqueeze(1)
+    return torch.cat([courses, whole - courses.sum(1, keepdim=True)], 1)
+
+
+def _noise_energy(noisy: _Split) -> Tensor:
+    """Energy (blocks, components + 1) of noise that differences of frames show.
+
+    Those over one frame and over two: signal that grows with the delay has no part in it. It shows noise that pixels
+    share and that their own variances do not tell of.
+    """
+    frames = noisy.whole.shape[1]
+    steps = [_Split(*(x[:, lag:] - x[:, :-lag] for x in noisy)) for lag in (1, 2)]
+    one, two = (_inner(step, step) / (2 * step.whole.shape[1]) for step in steps)
+    return (2 * one - two).clamp(min=0) * frames
+
+
+def _refitted(
+    clear: Tensor, noisy: Tensor, response: Tensor, noise: Tensor, more: Tensor, reliable: Tensor, variance: Tensor
+) -> Tensor:
+    """Put together courses (blocks, T, components) from the denoised and the slightly smoothed noisy ones."""
     smooth = gaussian_matrix(clear.shape[1], _SHARP_SIGMA, clear)
     sharp = smooth @ noisy
     exceeds = (noisy.square().mean(1) / variance.clamp(min=_TINY) - 1).clamp(min=0)
@@ -192,21 +281,7 @@ def _refined_blocks(clear: Tensor, noisy: Tensor, response: Tensor, noise: Tenso
         reliable,
         variance,
     )
-    return mean + (first * clear + second * sharp) @ components.transpose(1, 2)
-
-
-def _variance(courses: Tensor) -> Tensor:
-    """Noise variance (blocks, components) of courses (blocks, T, components), from differences of frames.
-
-    Those over one frame and over two: signal that grows with the delay has no part in it. It shows noise that pixels
-    share and that their own variances do not tell of.
-    """
-    one, two = (((courses[:, lag:] - courses[:, :-lag]).square().mean(1) / 2) for lag in (1, 2))
-    return (2 * one - two).clamp(min=0)
-
-
-def _products(x: Tensor) -> Tensor:
-    return (x.transpose(1, 2) @ x).double()
+    return first * clear + second * sharp
 
 
 def _fitted(

@@ -112,6 +112,8 @@ class TrainingConfig(_Config):
     held_out : float
         Share of the voxels that are never trained on. A few times during training the network predicts them, and the
         weights that did it best are kept, those of before the training among them; 0 keeps the last ones.
+    stop_early : bool
+        End where the held-out voxels show no clear gain any more; `iterations` is then the most.
     adapt_mixture : bool
         Fit the mixture of filters to the stack before the network is trained (denoising with "filters" only).
     thinning : float
@@ -134,6 +136,7 @@ class TrainingConfig(_Config):
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Fraction = 0.0
     held_out: Annotated[float, Field(ge=0, le=0.1)] = 0.0
+    stop_early: bool = False
     adapt_mixture: bool = False
     thinning: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
@@ -204,6 +207,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         "blind_spot": "auto",
         "ema_decay": 0.99,
         "held_out": 0.02,
+        "stop_early": True,
         "adapt_mixture": True,
     }
     tuned = TrainingConfig.model_validate(common)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
+from restormer3d.arithmetic import forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.components import LEAST_FRAMES, AddedNoise, refine_by_components
 from restormer3d.inference import denoise_frames
@@ -23,6 +23,7 @@ from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import (
+    Calibration,
     Pretrained,
     Settings,
     build_model,
@@ -140,20 +141,20 @@ def start_denoising(
             say("no network in the time that is left: the stack is denoised with the Gaussian filter instead")
             filtered = _filtered(stack, chosen, "gaussian", progress, say)
             return replace(filtered, record=filtered.record | {"instead_of_the_network": note})
-    expected, memory = estimate(chosen, stack.shape, calibration, device)
-    say(
-        f"about {_duration(expected)} and {memory / 1e9:.1f} GB on {device} ({_compute(device, engine, precision)}): "
-        f"{training_plan(chosen)}"
-    )
-    if device.type == "cuda" and (obstacle := why_not_cuda(device)):
-        say(f"plain PyTorch computes on this GPU, which is slower than the Triton kernels: {obstacle}")
+    _say_plan(chosen, stack.shape, calibration, device, f"{engine} operators, {precision}", say)
     prepared = time.monotonic()
     history = fit(model, [source], chosen.training, device=device, precision=precision, progress=progress)
+    if history and "kept_iteration" in history[-1]:
+        kept = history[-1]["kept_iteration"]
+        say(
+            f"{len(history)} iterations done; held-out voxels chose the weights of "
+            + (f"iteration {kept}" if kept else "before")
+        )
     weights = pretrained.weights if pretrained else weights_record(chosen)
     record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
     seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
     record |= {"noise": asdict(noise) if noise else {}, "mixture": adapted, "seconds": seconds_spent}
-    run = partial(
+    denoise = partial(
         denoise_frames,
         model,
         normalization=source.normalization,
@@ -163,11 +164,31 @@ def start_denoising(
         device=device,
         precision=precision,
     )
-    frames = run(stack, progress=progress)
+    frames = denoise(stack, progress=progress)
     added = _added_noise(source, noise, say) if chosen.inference.components else None
     if added is not None:
-        frames = refine_by_components(frames, run(added), added, device)
+        frames = refine_by_components(frames, denoise(added), added, device)
     return Denoised(frames, record | {"components": added is not None}, model)
+
+
+def _say_plan(
+    chosen: Settings,
+    shape: tuple[int, int, int],
+    calibration: Calibration,
+    device: torch.device,
+    computing: str,
+    say: Say,
+) -> None:
+    """Say what will be done, in which time and memory, and by what it is computed."""
+    seconds, memory = estimate(chosen, shape, calibration, device)
+    most = "at most " if chosen.training.stop_early and chosen.training.iterations else ""
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    say(
+        f"{most}about {_duration(seconds)} and {memory / 1e9:.1f} GB on {device} ({threads}{computing}): "
+        f"{training_plan(chosen)}"
+    )
+    if device.type == "cuda" and (obstacle := why_not_cuda(device)):
+        say(f"plain PyTorch computes on this GPU, which is slower than the Triton kernels: {obstacle}")
 
 
 def _adapt(
@@ -224,11 +245,6 @@ def _filtered(stack: Any, chosen: Settings, method: Method, progress: Progress, 
     say(f"Gaussian filter of {sigma_t:g} frames and {sigma_xy:g} pixels around the temporal mean, {why}")
     frames = gaussian_frames(stack, sigma_t, sigma_xy, around_mean=True)
     return Denoised(frames, {"method": method, "settings": {"sigma_t": sigma_t, "sigma_xy": sigma_xy}})
-
-
-def _compute(device: torch.device, engine: str, precision: Precision) -> str:
-    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
-    return f"{threads}{engine} operators, {precision}"
 
 
 def _duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingCon
 from restormer3d.inference import count_windows
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
-from restormer3d.selection import CHECKS, ITERATIONS_PER_BATCH
+from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
 from restormer3d.training import fit
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
@@ -183,7 +183,7 @@ def pretraining_settings(
     file = _read_toml(config_file)
     model, training, _ = recipe(recipe_name, pretrained=False)
     page = {"batch_size": 4, "warmup_iterations": 2000, "iterations": 48_000, "weight_decay": 1e-5}
-    page |= {"held_out": 0.0, "adapt_mixture": False}  # both belong to one stack
+    page |= {"held_out": 0.0, "stop_early": False, "adapt_mixture": False}  # both belong to one stack
     page |= {"learning_rate": 3e-4, "loss": "l1"} if recipe_name == "published" else {"warmup_iterations": 0}
     given = _given(iterations=iterations, batch_size=batch_size, patch=patch, seed=seed)
     training = _changed(training, page | file.get("training", {}) | given)
@@ -213,7 +213,8 @@ def training_plan(chosen: Settings) -> str:
     """Say what training will be done, in words."""
     total = chosen.training.warmup_iterations + chosen.training.iterations
     start = "from scratch" if chosen.weights is None else f"from {chosen.weights.name}"
-    return f"{total} iterations {start}, then inference"
+    while_it_helps = ", as long as held-out voxels gain by it" if chosen.training.stop_early and total else ""
+    return f"{total} iterations {start}{while_it_helps}, then inference"
 
 
 def build_model(chosen: Settings) -> Restormer3D:
@@ -249,7 +250,8 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
     checks = 0.0
     if chosen.training.held_out:
         patches = chosen.training.batch_size * math.prod(chosen.training.patch) / math.prod(window)
-        checks = (CHECKS + 1) / ITERATIONS_PER_BATCH * patches * per_window
+        total = chosen.training.warmup_iterations + chosen.training.iterations
+        checks = len(check_iterations(total)) / ITERATIONS_PER_BATCH * patches * per_window
     return Calibration(marks[-1] - marks[-2] + checks if marks else 0.0, per_window)
 
 
@@ -292,7 +294,9 @@ def fit_to_time(
     budget = seconds * _SAFETY
     inference, inference_time = chosen.inference, 0.0
     total = chosen.training.warmup_iterations + chosen.training.iterations
-    training_time = total * calibration.seconds_per_iteration
+    # Where held-out voxels decide how long training is worth it, overlap makes room for no more than their first check.
+    wanted = min(check_iterations(total) - {0}, default=0) if chosen.training.stop_early else total
+    training_time = wanted * calibration.seconds_per_iteration
     for overlap_t, overlap_xy in _OVERLAPS:
         update = {
             "overlap_t": min(overlap_t, chosen.inference.overlap_t),

@@ -1,4 +1,4 @@
-"""Which weights of a training to keep: those that best predict voxels that were never trained on."""
+"""Which weights of a training to keep, and when to end it: by voxels that are never trained on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from restormer3d.config import TrainingConfig
 from restormer3d.objectives import hide, masked_loss
 from restormer3d.patches import TrainingStack, random_patches
 
-CHECKS = 4  # during a training, beside the one before it
-ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check: a tenth of a pass an iteration
-_LEAST_BATCHES = 2
+ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check
+_LEAST_BATCHES = 4  # fewer would not say how sure a difference is
+_LEAST_ITERATIONS = 25  # before the first check: sooner, nothing can have been learned
 
 
 def check_iterations(total: int) -> set[int]:
-    """Numbers of iterations after which the weights are checked, 0 and `total` among them."""
-    return {round(total * check / CHECKS) for check in range(CHECKS + 1)}
+    """Numbers of iterations after which the weights are checked: 0, `total`, and its half, quarter, and so on."""
+    halvings = max(0, math.floor(math.log2(max(total, 1) / _LEAST_ITERATIONS)))
+    return {0, *(round(total / 2**halving) for halving in range(halvings + 1))}
 
 
 class BestWeights:
@@ -48,13 +49,16 @@ class BestWeights:
         Loss on the held-out voxels by iteration.
     kept : int
         The best iteration.
+    settled : bool
+        Whether the last look showed no clear gain (of more than its standard error) over the best one before it.
     """
 
     def __init__(
         self, stacks: Sequence[TrainingStack], config: TrainingConfig, device: torch.device, precision: Precision
     ) -> None:
         self.scores: dict[int, float] = {}
-        self.kept = 0
+        self.kept, self.settled = 0, False
+        self._best = np.full(0, np.nan)  # loss of the best weights, batch by batch
         self._state: dict[str, Any] = {}
         self._device, self._loss = device, config.loss
         self._precision: Precision = precision
@@ -65,9 +69,13 @@ class BestWeights:
     @torch.no_grad()
     def look(self, model: nn.Module, iteration: int) -> None:
         """Score a network, and remember its weights if it is the best so far."""
-        score = float(np.mean([self._score(model, batch) for batch in self._batches]))
+        losses = np.array([self._score(model, batch) for batch in self._batches])
+        score = float(losses.mean())
+        if self.scores:
+            gain = self._best - losses
+            self.settled = not gain.mean() > gain.std(ddof=1) / math.sqrt(len(gain))
         if math.isfinite(score) and score < min(self.scores.values(), default=math.inf):
-            self.kept, self._state = iteration, copy.deepcopy(model.state_dict())
+            self.kept, self._best, self._state = iteration, losses, copy.deepcopy(model.state_dict())
         self.scores[iteration] = score
 
     def restore(self, model: nn.Module) -> None:
@@ -77,11 +85,13 @@ class BestWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """What a training that resumes needs."""
-        return {"scores": self.scores, "kept": self.kept, "weights": self._state}
+        kept = {"scores": self.scores, "kept": self.kept, "settled": self.settled}
+        return kept | {"best": torch.from_numpy(self._best), "weights": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.scores, self.kept, self._state = state["scores"], state["kept"], state["weights"]
+        self.scores, self.kept, self.settled = state["scores"], state["kept"], state["settled"]
+        self._best, self._state = state["best"].numpy(), state["weights"]
 
     def _score(self, model: nn.Module, batch: tuple[Tensor, ...]) -> float:
         inputs = [value.to(self._device) for value in batch]

@@ -102,6 +102,7 @@ def network_record(
         "threads": torch.get_num_threads(),
         "normalization": asdict(source.normalization),
         "blind_spot": source.blind_spot,
+        "iterations": len(history),
         "losses": history[:: max(1, len(history) // _LOSS_POINTS)],
         "held_out": {
             name: history[-1][name] for name in ("held_out", "kept_iteration") if history and name in history[-1]

@@ -85,8 +85,9 @@ def fit(
     Returns
     -------
     list of dict
-        One entry per iteration: iteration, stage, loss, learning_rate, seconds since the start. With `held_out`, the
-        last one also has `held_out`, the loss on those voxels by iteration, and `kept_iteration`, the best.
+        One entry per iteration that was done: iteration, stage, loss, learning_rate, seconds since the start. With
+        `held_out`, the last one also has `held_out`, the loss on those voxels by iteration, and `kept_iteration`, the
+        best.
 
     Raises
     ------
@@ -113,7 +114,8 @@ def fit(
     unread: list[Tensor] = []
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     first = len(history)
-    for iteration, drawn in enumerate(_batches(stacks, config, range(first, total), device), start=first):
+    last = first if _ends(config, best, first) else total
+    for iteration, drawn in enumerate(_batches(stacks, config, range(first, last), device), start=first):
         rate = _set_learning_rate(optimizer, config, iteration)
         unread.append(take_step(*_objective(drawn, config, iteration, device)))
         _update_average(average, model, config.ema_decay, iteration)
@@ -124,7 +126,8 @@ def fit(
         )
         if best is not None and iteration + 1 in checks:
             best.look(average if config.ema_decay else model, iteration + 1)
-        saving = (iteration + 1) % save_every == 0 or iteration + 1 == total
+        ending = _ends(config, best, iteration + 1)
+        saving = (iteration + 1) % save_every == 0 or ending
         if device.type != "cuda" or saving or len(unread) == _LOSSES_AT_ONCE:
             _read_losses(history, unread)
         if state is not None and saving and is_first():
@@ -133,6 +136,8 @@ def fit(
             _save(state, config, model, average, optimizer, history, best)
         if progress is not None:
             progress("train", iteration + 1, total)
+        if ending:
+            break
     if config.ema_decay and total:
         model.load_state_dict(average.state_dict())
     if best is not None:
@@ -151,6 +156,12 @@ def _best_weights(
     if callable(stacks):
         raise ValueError("held_out: always the same voxels are compared, so the stacks have to be the same throughout")
     return BestWeights(stacks, config, device, precision)
+
+
+def _ends(config: TrainingConfig, best: BestWeights | None, iterations: int) -> bool:
+    """Whether a training ends after so many iterations."""
+    settled = config.stop_early and best is not None and best.settled
+    return settled or iterations == config.warmup_iterations + config.iterations
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
