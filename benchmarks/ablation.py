@@ -38,9 +38,11 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     "the mixture of filters not fitted to the stack": (True, {"training": {"iterations": 0, "adapt_mixture": False}}),
     "the fitted mixture alone, without the network": (False, _AS_THEY_ARE),
     "without components": (True, _AS_THEY_ARE | {"inference": {"components": False}}),
-    "without components, windows mirrored at the ends of the stack": (
+    "without the static image denoised once more": (True, _AS_THEY_ARE | {"inference": {"static_image": False}}),
+    "without both": (True, _AS_THEY_ARE | {"inference": {"components": False, "static_image": False}}),
+    "without both, windows mirrored at the ends of the stack": (
         True,
-        _AS_THEY_ARE | {"inference": {"components": False, "mirror_t": True}},
+        _AS_THEY_ARE | {"inference": {"components": False, "static_image": False, "mirror_t": True}},
     ),
     "the usual mixture alone": (False, {"training": {"iterations": 0, "adapt_mixture": False}}),
     "averaged over eight symmetries": (True, _AS_THEY_ARE | {"inference": {"symmetries": 8}}),
@@ -48,7 +50,11 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     "windows of 64 x 48 x 48": (True, _AS_THEY_ARE | {"inference": {"window": (64, 48, 48)}}),
     "**fine-tuned**": (True, {}),
     "fine-tuned, mixture not fitted": (True, {"training": {"adapt_mixture": False}}),
-    "fine-tuned, the last weights kept": (True, {"training": {"held_out": 0.0}}),
+    "fine-tuned to the last iteration": (True, {"training": {"stop_early": False}}),
+    "fine-tuned to the last iteration, the last weights kept": (
+        True,
+        {"training": {"held_out": 0.0, "stop_early": False}},
+    ),
     "fine-tuned, L1": (True, {"training": {"loss": "l1"}}),
     "fine-tuned, learning rate 3e-4": (True, {"training": {"learning_rate": 3e-4}}),
 }

@@ -168,7 +168,8 @@ def _refined(
     total = torch.zeros_like(fields[0])
     for size in _BLOCKS:
         _add_refined(total, fields, size)
-    return (total / len(_BLOCKS)).cpu().numpy()
+    total /= len(_BLOCKS)
+    return total.cpu().numpy()
 
 
 def _add_refined(total: Tensor, fields: list[Tensor], size: int) -> None:

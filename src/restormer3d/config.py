@@ -162,6 +162,8 @@ class InferenceConfig(_Config):
     components : bool
         Whether denoised blocks are reduced to the spatial components that stand out of noise (see
         `components.refine_by_components`); costs a second pass over the stack.
+    static_image : bool
+        Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """
 
     window: PatchShape = (32, 64, 64)
@@ -171,6 +173,7 @@ class InferenceConfig(_Config):
     symmetries: Literal[1, 4, 8] = 1
     mirror_t: bool = True
     components: bool = False
+    static_image: bool = False
 
 
 def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConfig, InferenceConfig]:
@@ -213,5 +216,5 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
     tuned = TrainingConfig.model_validate(common)
     scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})
     model = ModelConfig(start="filters")
-    inference = InferenceConfig(window=(256, 96, 96), batch_size=1, mirror_t=False, components=True)
+    inference = InferenceConfig(window=(256, 96, 96), batch_size=1, mirror_t=False, components=True, static_image=True)
     return model, tuned if pretrained else scratch, inference

@@ -15,7 +15,7 @@ import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.components import LEAST_FRAMES, AddedNoise, refine_by_components
+from restormer3d.components import LEAST_FRAMES, AddedNoise, chunk_frames, refine_by_components
 from restormer3d.inference import denoise_frames
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
@@ -35,6 +35,7 @@ from restormer3d.planning import (
 )
 from restormer3d.sidecar import network_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
+from restormer3d.static_image import denoise_mean
 from restormer3d.training import fit
 
 Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
@@ -168,6 +169,8 @@ def start_denoising(
     added = _added_noise(source, noise, say) if chosen.inference.components else None
     if added is not None:
         frames = refine_by_components(frames, denoise(added), added, device)
+    if chosen.inference.static_image and noise is not None:
+        frames = _with_static_image(frames, denoise, source, noise)
     return Denoised(frames, record | {"components": added is not None}, model)
 
 
@@ -218,6 +221,32 @@ def _added_noise(source: TrainingStack, noise: NoiseEstimate | None, say: Say) -
         return None
     variance = noise.variance(source.normalization.invert(source.mean))
     return AddedNoise(source.stack, variance, source.noise_correlation) if variance.any() else None
+
+
+def _with_static_image(
+    frames: Iterator[np.ndarray],
+    denoise: Callable[[Any], Iterator[np.ndarray]],
+    source: TrainingStack,
+    noise: NoiseEstimate,
+) -> Iterator[np.ndarray]:
+    """Replace what denoised frames have in common by the denoised temporal mean of the stack.
+
+    What they have in common is their mean. Of a stack too long to be held, it is what `denoise` makes of some frames
+    whose mean has been shifted to that of the stack.
+    """
+    stack, depth = source.stack, chunk_frames(source.stack.shape)
+    mean = source.normalization.invert(source.mean)
+    if depth == stack.shape[0]:
+        held = np.empty(stack.shape, np.float32)
+        for t, frame in enumerate(frames):
+            held[t] = frame
+        frames, common = (held[t] for t in range(len(held))), np.mean(held, 0)
+    else:
+        first = (stack.shape[0] - depth) // 2
+        some = stack[first : first + depth].astype(np.float32)
+        common = np.mean(list(denoise(some + (mean - some.mean(0)))), 0)
+    change = denoise_mean(mean, common, noise, stack.shape[0], source.noise_correlation) - common
+    yield from (frame + change for frame in frames)
 
 
 def _source(stack: Any, chosen: Settings, say: Say) -> tuple[TrainingStack, NoiseEstimate | None]:

@@ -347,7 +347,9 @@ def estimate(
     frames = 4 * shape[1] * shape[2]
     held = 3 * chosen.inference.window[0]
     if chosen.inference.components:  # the stack is denoised twice, and chunks of both are compared
-        held = 2 * held + 6 * chunk_frames(shape)
+        held = 2 * held + 7 * chunk_frames(shape)
+    if chosen.inference.static_image:
+        held += chunk_frames(shape)
     buffers = held * frames
     if device.type == "cpu":  # the calibration has just run with everything allocated
         return seconds, psutil.Process().memory_info().rss + buffers

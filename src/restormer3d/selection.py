@@ -18,13 +18,16 @@ from restormer3d.patches import TrainingStack, random_patches
 
 ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check
 _LEAST_BATCHES = 4  # fewer would not say how sure a difference is
-_LEAST_ITERATIONS = 25  # before the first check: sooner, nothing can have been learned
+_FIRST_CHECK = 25  # iterations: sooner, nothing can have been learned
 
 
 def check_iterations(total: int) -> set[int]:
-    """Numbers of iterations after which the weights are checked: 0, `total`, and its half, quarter, and so on."""
-    halvings = max(0, math.floor(math.log2(max(total, 1) / _LEAST_ITERATIONS)))
-    return {0, *(round(total / 2**halving) for halving in range(halvings + 1))}
+    """Numbers of iterations after which the weights are checked: 0, then 25, 50, 100 and so on, and `total`."""
+    checks, following = {0, total}, _FIRST_CHECK
+    while following < total:
+        checks.add(following)
+        following *= 2
+    return checks
 
 
 class BestWeights:

@@ -1,0 +1,134 @@
+"""The temporal mean, denoised as an image: patches that look alike tell apart what in each of them is noise.
+
+The mean of all frames holds little noise, but all of it stays in every frame. In a short recording it is most of the
+error that is left once activity has been denoised.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from restormer3d.noise import NoiseEstimate
+
+_PATCH = 7  # pixels
+_REACH = 10  # pixels around a patch where others like it are looked for
+_ALIKE = 40  # patches of a group
+_STRIDE = 2  # pixels from one patch that is estimated to the next
+_LEAST_NOISE = 1e-6  # relative to the guide's variance: where there is none, equations stay solvable
+
+
+@torch.no_grad()
+def denoise_mean(
+    mean: np.ndarray, guide: np.ndarray, noise: NoiseEstimate, frames: int, correlation: tuple[tuple[float, ...], ...]
+) -> np.ndarray:
+    """Denoise the temporal mean of a stack.
+
+    For every patch, those nearby are gathered that are most like it in the guide; what they have in common says how
+    far each direction of its deviation from their mean is to be trusted, against the noise that is known (a Wiener
+    filter for each group). Intensities are first transformed so that their noise is the same everywhere.
+
+    Parameters
+    ----------
+    mean : numpy.ndarray
+        Of all frames, (H, W), intensities.
+    guide : numpy.ndarray
+        The same, denoised in some other way, (H, W).
+    noise : NoiseEstimate
+        Of a single frame.
+    frames : int
+        That the mean was taken of.
+    correlation : tuple of tuple of float
+        Of a voxel's noise with its neighbors' along frames, rows and columns, from lag 0 on.
+
+    Returns
+    -------
+    numpy.ndarray
+        (H, W) float32.
+
+    References
+    ----------
+    Lebrun, Buades, Morel, "A Nonlocal Bayesian Image Denoising Algorithm", SIAM J. Imaging Sciences 2013: its second
+    step, with the guide in place of its first; Makitalo, Foi, "Optimal inversion of the generalized Anscombe
+    transformation for Poisson-Gaussian noise", IEEE Trans. Image Process. 2013, for the transform.
+    """
+    image, like = (torch.from_numpy(_stabilized(values, noise)) for values in (mean, guide))
+    height, width = image.shape
+    rows, columns = min(_PATCH, height), min(_PATCH, width)
+    variance = (2 * sum(correlation[0]) - 1) / frames if noise.variance(mean).any() else 0.0
+    variance = max(variance, _LEAST_NOISE * float(like.var(correction=0)), np.finfo(np.float64).tiny ** 0.5)
+    of_noise = variance * torch.kron(_covariance(rows, correlation[1]), _covariance(columns, correlation[2]))
+    patches, alike = (_patches(values, rows, columns) for values in (image, like))
+    total, weight = torch.zeros_like(image), torch.zeros_like(image)
+    lefts = _places(patches.shape[1])
+    for top in _places(patches.shape[0]):
+        for left, estimate in zip(lefts, _estimated(patches, alike, top, lefts, of_noise), strict=True):
+            total[top : top + rows, left : left + columns] += estimate.view(rows, columns)
+            weight[top : top + rows, left : left + columns] += 1
+    return _restored((total / weight).numpy(), noise).astype(np.float32)
+
+
+def _estimated(patches: Tensor, alike: Tensor, top: int, lefts: list[int], of_noise: Tensor) -> Tensor:
+    """Estimate the patches of one row, (patches, pixels); `patches` and `alike` are (rows, columns, pixels)."""
+    rows, columns, pixels = alike.shape
+    at = torch.tensor(lefts)
+    near_rows, near_columns = (min(2 * _REACH + 1, length) for length in (rows, columns))
+    first_row = min(max(top - _REACH, 0), rows - near_rows)
+    first_column = (at - _REACH).clamp(0, columns - near_columns)
+    near = (torch.arange(first_row, first_row + near_rows) * columns)[:, None] + torch.arange(near_columns)
+    candidates = first_column[:, None] + near.flatten()  # (patches, candidates), numbers of places
+    places = alike.reshape(-1, pixels)
+    distance = (places[candidates] - alike[top, at][:, None]).square().sum(2)
+    count = min(_ALIKE, distance.shape[1])
+    chosen = candidates.gather(1, distance.topk(count, largest=False).indices)
+    group = places[chosen]  # (patches, count, pixels)
+    center = group.mean(1, keepdim=True)
+    deviation = group - center
+    covariance = deviation.mT @ deviation / max(count - 1, 1)
+    # What the guide lost in this group: where the mean differs from it by more than noise.
+    lost = (patches.reshape(-1, pixels)[chosen] - group).square().mean((1, 2)) - of_noise[0, 0]
+    covariance.diagonal(dim1=1, dim2=2).add_(lost.clamp(min=0)[:, None])
+    trusted = torch.linalg.solve(covariance + of_noise, (patches[top, at][:, None] - center).mT)
+    return (center + trusted.mT @ covariance).squeeze(1)
+
+
+def _patches(image: Tensor, rows: int, columns: int) -> Tensor:
+    return image.unfold(0, rows, 1).unfold(1, columns, 1).flatten(2)
+
+
+def _places(count: int) -> list[int]:
+    """Every `_STRIDE`-th place, and the last one."""
+    return sorted({*range(0, count, _STRIDE), count - 1})
+
+
+def _covariance(length: int, lags: tuple[float, ...]) -> Tensor:
+    """Covariance (length, length) of unit noise with this correlation, from lag 0 on, along an axis."""
+    lag = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
+    return torch.from_numpy(np.array([*lags, *[0.0] * length])[np.minimum(lag, len(lags))])
+
+
+def _stabilized(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
+    """Intensities whose noise has unit variance, float64; below zero light, where it no longer changes, a line."""
+    above, below, read = *_around_zero_light(values.astype(np.float64), noise), _read_noise(noise)
+    if not noise.gain:
+        return (above + below) / read
+    return 2 / noise.gain * (np.sqrt(noise.gain * above + read**2) - read) + below / read
+
+
+def _restored(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
+    """Take :func:`_stabilized` back."""
+    read = _read_noise(noise)
+    above, below = np.maximum(values, 0), np.minimum(values, 0) * read
+    if not noise.gain:
+        return above * read + below + noise.offset
+    return ((noise.gain * above / 2 + read) ** 2 - read**2) / noise.gain + below + noise.offset
+
+
+def _around_zero_light(values: np.ndarray, noise: NoiseEstimate) -> tuple[np.ndarray, np.ndarray]:
+    return np.maximum(values - noise.offset, 0), np.minimum(values - noise.offset, 0)
+
+
+def _read_noise(noise: NoiseEstimate) -> float:
+    """Deviation of the noise at zero light, above 0: at least a tenth of a photon's."""
+    return max(noise.read_noise_variance, 0.01 * noise.gain**2) ** 0.5 or 1.0
