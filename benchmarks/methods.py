@@ -150,6 +150,12 @@ METHODS = {
         "network",
         differs={"recipe_name": "published", "weights": "none"},
     ),
+    "published": Method(
+        "Restormer3D, published recipe, from the shipped weights",
+        network,
+        "network",
+        differs={"recipe_name": "published"},
+    ),
     "default-scratch": Method(
         "Restormer3D, default recipe, from scratch", network, "network", differs={"weights": "none"}
     ),

@@ -90,6 +90,16 @@ def test_nothing_is_lost_where_there_is_next_to_no_noise():
     np.testing.assert_allclose(refined(added, unchanged), stack, atol=0.1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_gives_the_same(scene):
+    _, added = scene
+    arguments = [np.stack(list(smooth(each[: SHAPE[0]]))) for each in (added.stack, added)]
+    on_cpu, on_gpu = (
+        np.stack(list(refine_by_components(*map(iter, arguments), added, device))) for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(on_gpu, on_cpu, atol=0.01 * activity(on_cpu).std())
+
+
 def test_leading_components_are_those_of_the_whole_decomposition():
     rng = np.random.default_rng(6)
     sizes = 0.8 ** np.arange(60)

@@ -153,6 +153,11 @@ def chunk_frames(shape: tuple[int, int, int]) -> int:
     return min(shape[0], max(LEAST_FRAMES, _CHUNK_VOXELS // (shape[1] * shape[2])))
 
 
+def is_held(shape: tuple[int, int, int]) -> bool:
+    """Whether all frames of a stack of this shape are held at once; a longer one streams."""
+    return chunk_frames(shape) == shape[0]
+
+
 def _refined(
     clear: np.ndarray, response: np.ndarray, added: AddedNoise, start: int, device: torch.device
 ) -> np.ndarray:

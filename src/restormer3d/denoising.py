@@ -15,7 +15,7 @@ import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.components import LEAST_FRAMES, AddedNoise, chunk_frames, refine_by_components
+from restormer3d.components import LEAST_FRAMES, AddedNoise, is_held, refine_by_components
 from restormer3d.inference import denoise_frames
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
@@ -35,7 +35,7 @@ from restormer3d.planning import (
 )
 from restormer3d.sidecar import network_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
-from restormer3d.static_image import denoise_mean
+from restormer3d.static_image import GUIDE_FRAMES, denoise_mean
 from restormer3d.training import fit
 
 Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
@@ -232,19 +232,19 @@ def _with_static_image(
     """Replace what denoised frames have in common by the denoised temporal mean of the stack.
 
     What they have in common is their mean. Of a stack too long to be held, it is what `denoise` makes of some frames
-    whose mean has been shifted to that of the stack.
+    after their mean has been shifted to that of the stack.
     """
-    stack, depth = source.stack, chunk_frames(source.stack.shape)
+    stack = source.stack
     mean = source.normalization.invert(source.mean)
-    if depth == stack.shape[0]:
+    if is_held(stack.shape):
         held = np.empty(stack.shape, np.float32)
         for t, frame in enumerate(frames):
             held[t] = frame
-        frames, common = (held[t] for t in range(len(held))), np.mean(held, 0)
+        frames, common = (held[t] for t in range(len(held))), np.mean(held, 0, np.float64)
     else:
-        first = (stack.shape[0] - depth) // 2
-        some = stack[first : first + depth].astype(np.float32)
-        common = np.mean(list(denoise(some + (mean - some.mean(0)))), 0)
+        first = max(0, (stack.shape[0] - GUIDE_FRAMES) // 2)
+        some = stack[first : first + GUIDE_FRAMES].astype(np.float32)
+        common = np.mean(list(denoise(some + (mean - some.mean(0, np.float64)))), 0)
     change = denoise_mean(mean, common, noise, stack.shape[0], source.noise_correlation) - common
     yield from (frame + change for frame in frames)
 

@@ -19,12 +19,13 @@ from pydantic import ValidationError
 
 from restormer3d.arithmetic import Engine, Precision, autocast, float32_products, usable
 from restormer3d.checkpoint import load_weights, shipped_weights
-from restormer3d.components import chunk_frames
+from restormer3d.components import chunk_frames, is_held
 from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingConfig, recipe
 from restormer3d.inference import count_windows
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
 from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
+from restormer3d.static_image import GUIDE_FRAMES
 from restormer3d.training import fit
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
@@ -326,7 +327,10 @@ def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Cal
 
 def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
     passes = inference.symmetries * (2 * _COMPONENTS if inference.components else 1)
-    return count_windows(shape, inference) * passes * calibration.seconds_per_window
+    windows = count_windows(shape, inference) * passes
+    if inference.static_image and not is_held(shape):
+        windows += count_windows((GUIDE_FRAMES, *shape[1:]), inference) * GUIDE_FRAMES / inference.window[0]
+    return windows * calibration.seconds_per_window
 
 
 def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:
@@ -349,7 +353,7 @@ def estimate(
     if chosen.inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + 7 * chunk_frames(shape)
     if chosen.inference.static_image:
-        held += chunk_frames(shape)
+        held += shape[0] if is_held(shape) else 3 * GUIDE_FRAMES
     buffers = held * frames
     if device.type == "cpu":  # the calibration has just run with everything allocated
         return seconds, psutil.Process().memory_info().rss + buffers

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from restormer3d.noise import NoiseEstimate
 
+GUIDE_FRAMES = 64
+"""Of a stack too long to be held, for the image that guides."""
+
 _PATCH = 7  # pixels
 _REACH = 10  # pixels around a patch where others like it are looked for
 _ALIKE = 40  # patches of a group
@@ -50,8 +53,8 @@ def denoise_mean(
     References
     ----------
     Lebrun, Buades, Morel, "A Nonlocal Bayesian Image Denoising Algorithm", SIAM J. Imaging Sciences 2013: its second
-    step, with the guide in place of its first; Makitalo, Foi, "Optimal inversion of the generalized Anscombe
-    transformation for Poisson-Gaussian noise", IEEE Trans. Image Process. 2013, for the transform.
+    step, with the guide in place of its first; Anscombe, "The transformation of Poisson, binomial and
+    negative-binomial data", Biometrika 1948, for the transform.
     """
     image, like = (torch.from_numpy(_stabilized(values, noise)) for values in (mean, guide))
     height, width = image.shape

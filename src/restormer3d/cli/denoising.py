@@ -52,7 +52,7 @@ def denoise(
     weights
         A weights file to start from, or "none" to train from scratch. By default the pretrained weights.
     iterations
-        Noise2Void iterations on each stack.
+        Most Noise2Void iterations on each stack; the default recipe ends where held-out voxels gain no more.
     batch_size
         Patches per iteration.
     patch
