@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from restormer3d.arithmetic import forced_engine, torch_device, usable
+from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.components import LEAST_FRAMES, AddedNoise, is_held, refine_by_components
 from restormer3d.inference import denoise_frames
@@ -155,6 +155,21 @@ def start_denoising(
     record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
     seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
     record |= {"noise": asdict(noise) if noise else {}, "mixture": adapted, "seconds": seconds_spent}
+    frames, refined = _denoised_frames(model, source, noise, chosen, device, precision, progress, say)
+    return Denoised(frames, record | {"components": refined}, model)
+
+
+def _denoised_frames(
+    model: Restormer3D,
+    source: TrainingStack,
+    noise: NoiseEstimate | None,
+    chosen: Settings,
+    device: torch.device,
+    precision: Precision,
+    progress: Progress,
+    say: Say,
+) -> tuple[Iterator[np.ndarray], bool]:
+    """Frames that are computed as they are asked for, and whether they are taken apart into components."""
     denoise = partial(
         denoise_frames,
         model,
@@ -165,13 +180,13 @@ def start_denoising(
         device=device,
         precision=precision,
     )
-    frames = denoise(stack, progress=progress)
+    frames = denoise(source.stack, progress=progress)
     added = _added_noise(source, noise, say) if chosen.inference.components else None
     if added is not None:
         frames = refine_by_components(frames, denoise(added), added, device)
     if chosen.inference.static_image and noise is not None:
         frames = _with_static_image(frames, denoise, source, noise)
-    return Denoised(frames, record | {"components": added is not None}, model)
+    return frames, added is not None
 
 
 def _say_plan(
@@ -240,11 +255,12 @@ def _with_static_image(
         held = np.empty(stack.shape, np.float32)
         for t, frame in enumerate(frames):
             held[t] = frame
-        frames, common = (held[t] for t in range(len(held))), np.mean(held, 0, np.float64)
+        frames, common = (held[t] for t in range(len(held))), np.asarray(held.mean(0, np.float64))
     else:
         first = max(0, (stack.shape[0] - GUIDE_FRAMES) // 2)
         some = stack[first : first + GUIDE_FRAMES].astype(np.float32)
-        common = np.mean(list(denoise(some + (mean - some.mean(0, np.float64)))), 0)
+        some += mean - some.mean(0, np.float64)
+        common = np.asarray(np.stack(list(denoise(some))).mean(0))
     change = denoise_mean(mean, common, noise, stack.shape[0], source.noise_correlation) - common
     yield from (frame + change for frame in frames)
 

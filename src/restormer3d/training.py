@@ -119,11 +119,7 @@ def fit(
         rate = _set_learning_rate(optimizer, config, iteration)
         unread.append(take_step(*_objective(drawn, config, iteration, device)))
         _update_average(average, model, config.ema_decay, iteration)
-        stage = "warmup" if iteration < config.warmup_iterations else "noise2void"
-        seconds = round(time.monotonic() - started, 3)
-        history.append(
-            {"iteration": iteration + 1, "stage": stage, "loss": None, "learning_rate": rate, "seconds": seconds}
-        )
+        history.append(_entry(config, iteration, rate, time.monotonic() - started))
         if best is not None and iteration + 1 in checks:
             best.look(average if config.ema_decay else model, iteration + 1)
         ending = _ends(config, best, iteration + 1)
@@ -156,6 +152,17 @@ def _best_weights(
     if callable(stacks):
         raise ValueError("held_out: always the same voxels are compared, so the stacks have to be the same throughout")
     return BestWeights(stacks, config, device, precision)
+
+
+def _entry(config: TrainingConfig, iteration: int, rate: float, seconds: float) -> dict[str, Any]:
+    stage = "warmup" if iteration < config.warmup_iterations else "noise2void"
+    return {
+        "iteration": iteration + 1,
+        "stage": stage,
+        "loss": None,
+        "learning_rate": rate,
+        "seconds": round(seconds, 3),
+    }
 
 
 def _ends(config: TrainingConfig, best: BestWeights | None, iterations: int) -> bool:
