@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,17 @@ def test_less_time_gives_fewer_iterations_and_ends_in_time(seconds):
     assert cost <= seconds
     # A plan that wastes the time it has would be no plan.
     assert cost > 0.5 * seconds or planned.inference == chosen.inference
+
+
+def test_overlap_stays_where_held_out_voxels_decide_how_long_training_is_worth_it():
+    chosen, speed = settings(), Calibration(1.0, 1.0)
+    inference = estimate(chosen, SHAPE, Calibration(0.0, 1.0), torch.device("cpu"))[0]
+    seconds = 1.5 * (inference + 30)
+    planned = fit_to_time(chosen, SHAPE, speed, seconds)[0]
+    assert planned.inference == chosen.inference
+    assert 25 <= planned.training.iterations < 800
+    to_the_end = replace(chosen, training=chosen.training.model_copy(update={"stop_early": False}))
+    assert fit_to_time(to_the_end, SHAPE, speed, seconds)[0].inference.overlap_xy < chosen.inference.overlap_xy
 
 
 def test_symmetries_are_part_of_the_time():
