@@ -109,9 +109,9 @@ def test_less_time_gives_fewer_iterations_and_ends_in_time(seconds):
 
 
 def test_overlap_stays_where_held_out_voxels_decide_how_long_training_is_worth_it():
-    chosen, speed = settings(), Calibration(1.0, 1.0)
-    inference = estimate(chosen, SHAPE, Calibration(0.0, 1.0), torch.device("cpu"))[0]
-    seconds = 1.5 * (inference + 30)
+    chosen, speed = settings(), Calibration(1.0, 50.0)
+    inference = estimate(chosen, SHAPE, Calibration(0.0, 50.0), torch.device("cpu"))[0]
+    seconds = 1.5 * inference
     planned = fit_to_time(chosen, SHAPE, speed, seconds)[0]
     assert planned.inference == chosen.inference
     assert 25 <= planned.training.iterations < 800
