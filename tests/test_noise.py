@@ -127,8 +127,8 @@ def test_a_single_frame_is_refused():
 @pytest.mark.parametrize(
     ("name", "x", "y", "photons", "extent"),
     [
-        ("fmi_mouse_gcamp_600x256x256.tif", 0.25, 0.04, (0.4, 1.0), (0, 0, 1)),
-        ("optinist_mouse_1000x128x128.tif", 0.20, 0.17, (2.0, 4.5), (0, 1, 1)),
+        ("fmi_mouse_gcamp_600x256x256.tif", 0.25, 0.04, (0.4, 1.0), (0, 0, 2)),
+        ("optinist_mouse_1000x128x128.tif", 0.20, 0.17, (2.0, 4.5), (0, 2, 2)),
     ],
 )
 def test_real_recordings(name: str, x: float, y: float, photons: tuple[float, float], extent: tuple[int, int, int]):

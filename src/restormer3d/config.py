@@ -113,7 +113,7 @@ class TrainingConfig(_Config):
         Share of the voxels that are never trained on. A few times during training the network predicts them, and the
         weights that did it best are kept, those of before the training among them; 0 keeps the last ones.
     stop_early : bool
-        End where the held-out voxels show no clear gain any more; `iterations` is then the most.
+        End where the held-out voxels show no clear gain any more that is worth the time; `iterations` is then the most.
     adapt_mixture : bool
         Fit the mixture of filters to the stack before the network is trained (denoising with "filters" only).
     thinning : float
@@ -210,10 +210,9 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         "blind_spot": "auto",
         "ema_decay": 0.99,
         "held_out": 0.02,
-        "stop_early": True,
         "adapt_mixture": True,
     }
-    tuned = TrainingConfig.model_validate(common)
+    tuned = TrainingConfig.model_validate(common | {"stop_early": True})
     scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})
     model = ModelConfig(start="filters")
     inference = InferenceConfig(window=(256, 96, 96), batch_size=1, mirror_t=False, components=True, static_image=True)

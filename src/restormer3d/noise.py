@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 LEAK_THRESHOLD = 0.08
+_TAIL = 0.025  # correlation of farther neighbors that counts, where that of nearer ones does
 _RUN = 12  # consecutive frames read together
 _MAX_LAG = 6  # frames between which differences are taken
 _CLIPPED_BIN = 0.05  # a bin with more clipped samples than this has visibly lost variance
@@ -131,7 +132,9 @@ def blind_spot_extent(estimate: NoiseEstimate, threshold: float = LEAK_THRESHOLD
     A hidden voxel whose two neighbors carry its noise with correlation r can be predicted from them up to a share
     of 2 r^2 of its noise variance, and a network learns to keep that share. The default threshold, 0.08, bounds
     the share by 1.3 %. Residual signal in the differences moves the estimate by up to about 0.04, well below it;
-    for stacks so small that the sampling error is larger, twice that error is the bound.
+    for stacks so small that the sampling error is larger, twice that error is the bound. Where a detector smears
+    along y or x, the next lags are what its filter leaves there, and count from 0.025 on: less than that held-out
+    voxels do not reward.
 
     Parameters
     ----------
@@ -146,10 +149,14 @@ def blind_spot_extent(estimate: NoiseEstimate, threshold: float = LEAK_THRESHOLD
         Half-extents (t, y, x): 0 covers the voxel alone, 1 one neighbor on each side.
     """
     bound = max(threshold, 2 * estimate.standard_error)
+    tail = max(min(_TAIL, threshold), 2 * estimate.standard_error)
     extents = []
     for axis in "tyx":
-        lags = [lag for lag, r in enumerate(estimate.correlation[axis], start=1) if abs(r) > bound]
-        extents.append(max(lags, default=0))
+        correlation = estimate.correlation[axis]
+        extent = max((lag for lag, r in enumerate(correlation, start=1) if abs(r) > bound), default=0)
+        while extent and axis != "t" and extent < len(correlation) and abs(correlation[extent]) > tail:
+            extent += 1
+        extents.append(extent)
     return extents[0], extents[1], extents[2]
 
 

@@ -18,6 +18,9 @@ from restormer3d.patches import TrainingStack, random_patches
 
 ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check
 _LEAST_BATCHES = 4  # fewer would not say how sure a difference is
+# Share of the loss that training has to gain from one check to the next. Where a detector correlates the noise of
+# neighbors a little, or the field moves, held-out voxels reward less than that although frames are not predicted better.
+_WORTHWHILE = 5e-4
 _FIRST_CHECK = 25  # iterations: sooner, nothing can have been learned
 
 
@@ -53,7 +56,8 @@ class BestWeights:
     kept : int
         The best iteration.
     settled : bool
-        Whether the last look showed no clear gain (of more than its standard error) over the best one before it.
+        Whether the last look showed no gain over the best one before it that is clear (more than its standard error)
+        and worth the time.
     """
 
     def __init__(
@@ -76,7 +80,8 @@ class BestWeights:
         score = float(losses.mean())
         if self.scores:
             gain = self._best - losses
-            self.settled = not gain.mean() > gain.std(ddof=1) / math.sqrt(len(gain))
+            least = max(gain.std(ddof=1) / math.sqrt(len(gain)), _WORTHWHILE * abs(self._best.mean()))
+            self.settled = not gain.mean() > least
         if math.isfinite(score) and score < min(self.scores.values(), default=math.inf):
             self.kept, self._best, self._state = iteration, losses, copy.deepcopy(model.state_dict())
         self.scores[iteration] = score
