@@ -19,7 +19,7 @@ from restormer3d.patches import TrainingStack, random_patches
 ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check
 _LEAST_BATCHES = 4  # fewer would not say how sure a difference is
 # Share of the loss that training has to gain from one check to the next. Where a detector correlates the noise of
-# neighbors a little, or the field moves, held-out voxels reward less than that although frames are not predicted better.
+# neighbors a little, or the field moves, held-out voxels reward less, although no frame is predicted better.
 _WORTHWHILE = 5e-4
 _FIRST_CHECK = 25  # iterations: sooner, nothing can have been learned
 
