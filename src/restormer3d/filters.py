@@ -20,6 +20,7 @@ _DETAIL_SIGMAS = (0.45, 0.8, 1.6, 3.2)  # pixels: scales into which the static i
 _BRIGHTNESS_KNOTS = (-2.0, -1.0, -0.25, 0.5, 1.25, 2.25)  # logarithm of a pixel's light over its noise
 _ACTIVITY_KNOTS = (0.1, 0.6, 1.8)  # logarithm of the energy of slow fluctuations over that of noise
 _EPS = 1e-6
+_STRIP_VOXELS = 2**16  # of the rows of pixels that are looked at together
 
 KINDS = len(_BRIGHTNESS_KNOTS) * len(_ACTIVITY_KNOTS)
 """Kinds of pixels that a fixed mixture of filters tells apart."""
@@ -28,20 +29,20 @@ DETAILS = len(_DETAIL_SIGMAS)
 
 
 class FilterBank(NamedTuple):
-    """Filters applied to a window.
+    """Filters applied to a window; what is large is put together for a few rows of pixels at a time.
 
     Attributes
     ----------
     base : Tensor
         The static image, its details shrunk by their reliability, (B, 1, 1, H, W).
-    moving : Tensor
-        What may be added frame by frame, (B, N, T, H, W).
+    fluctuation : Tensor
+        The window around the temporal mean, by pixel, (B, H, W, 1, T).
+    averages : Tensor
+        The same, averaged over time by each width, (B, H, W, averages, T).
+    over_rows : Tensor
+        Averages smoothed over rows, by each of `widths`, (B, widths, H, W, averages * T).
     still : Tensor
         What may be added to all frames alike: details of the static image, (B, M, 1, H, W).
-    evidence : Tensor
-        Fluctuations in units of their noise at full resolution, (B, K, T, H, W).
-    broad_evidence : Tensor
-        The same, smoothed in the plane, (B, L, T, H, W).
     still_evidence : Tensor
         The static image: details in units of their noise, contrast, and brightness over noise, (B, S, 1, H, W).
     kinds : Tensor
@@ -49,16 +50,65 @@ class FilterBank(NamedTuple):
         to 1. A pixel's own fluctuations have no part in it: else noise would choose the weights of noise.
     light : Tensor
         What the relative filters are relative to, (B, 1, 1, H, W), above 0.
+    deviation : Tensor
+        Of the noise, (B, H, W, 1, 1).
+    kept_noise : Tensor
+        Share of the noise's deviation that each average keeps, (averages, T).
+    widths, sigmas_xy, sigmas_relative : tuple of float
+        Of the spatial averages: all, those as they are, those relative to the static image; pixels.
     """
 
     base: Tensor
-    moving: Tensor
+    fluctuation: Tensor
+    averages: Tensor
+    over_rows: Tensor
     still: Tensor
-    evidence: Tensor
-    broad_evidence: Tensor
     still_evidence: Tensor
     kinds: Tensor
     light: Tensor
+    deviation: Tensor
+    kept_noise: Tensor
+    widths: tuple[float, ...]
+    sigmas_xy: tuple[float, ...]
+    sigmas_relative: tuple[float, ...]
+
+    def strips(self, step: int) -> list[slice]:
+        """Rows of pixels to look at together, a multiple of `step`: on a CPU few, so that they stay in its cache."""
+        b, h, w, _, t = self.fluctuation.shape
+        together = h if self.fluctuation.is_cuda else max(step, _STRIP_VOXELS // (b * w * t) // step * step)
+        return [slice(first, min(first + together, h)) for first in range(0, h, together)]
+
+    def moving(self, rows: slice) -> Tensor:
+        """What may be added frame by frame to pixels of some rows, (B, rows, W, N, T)."""
+        smooth = {sigma: self._smooth(sigma, rows) for sigma in self.widths}
+        relative = [
+            _by_pixel(self.light / _smooth(self.light, sigma))[:, rows] * smooth[sigma]
+            for sigma in self.sigmas_relative
+        ]
+        return torch.cat([self.fluctuation[:, rows], *(smooth[sigma] for sigma in self.sigmas_xy), *relative], 3)
+
+    def evidence(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Fluctuations in units of their noise: at full resolution, and smoothed in the plane.
+
+        (B, rows, W, 1 + averages, T) and (B, rows, W, L, T).
+        """
+        h, w = self.fluctuation.shape[1:3]
+        deviation = self.deviation[:, rows]
+        in_noise = self.averages[:, rows] / (self.kept_noise * deviation)
+        broad = [
+            self._smooth(sigma, rows)
+            / (self.kept_noise * (_plane_norm(h, w, sigma, deviation)[rows, :, None, None] * deviation))
+            for sigma in self.sigmas_xy
+            if sigma > 1
+        ]
+        fine = torch.cat([self.fluctuation[:, rows] / deviation, in_noise], 3)
+        return _asinh(fine), _asinh(torch.cat(broad, 3))
+
+    def _smooth(self, sigma: float, rows: slice) -> Tensor:
+        """Averages smoothed in the plane, (B, rows, W, averages, T)."""
+        smooth = self.over_rows[:, self.widths.index(sigma), rows]
+        across = gaussian_matrix(smooth.shape[2], sigma, smooth)
+        return torch.matmul(across, smooth).unflatten(3, self.averages.shape[3:])
 
 
 def filter_bank(
@@ -86,40 +136,39 @@ def filter_bank(
     """
     b, _, t, h, w = x.shape
     mean, share, zero = background.split(1, dim=1)
-    fluctuation = x - mean
     noise = noise_variance(x)
     base, details, detail_noise = shrunk_details(mean, noise * share)
-    temporal = [gaussian_matrix(t, sigma, x) for sigma in sigmas_t]
-    averages = torch.matmul(torch.cat(temporal), fluctuation.reshape(b, t, h * w)).view(b, len(temporal), t, h, w)
+    temporal = torch.cat([gaussian_matrix(t, sigma, x) for sigma in sigmas_t])  # (averages * T, T)
+    fluctuation = (x - mean)[:, 0].permute(0, 2, 3, 1).contiguous()  # (B, H, W, T)
+    averages = fluctuation @ temporal.T
+    widths = tuple(dict.fromkeys((*sigmas_xy, *sigmas_relative)))
+    down = torch.cat([gaussian_matrix(h, sigma, x) for sigma in widths])  # (widths * H, H)
+    over_rows = torch.matmul(down, averages.flatten(2)).view(b, len(widths), h, w, -1)
+    averages = averages.view(b, h, w, len(sigmas_t), t)
     light = base - zero
     light = light.clamp(min=0).add(0.02 * light.abs().mean((2, 3, 4), keepdim=True) + _EPS)
-    spatial = [_smooth(averages, sigma) for sigma in sigmas_xy]
-    widths = dict(zip(sigmas_xy, spatial, strict=True))
-    relative = [
-        light / _smooth(light, sigma) * (widths[sigma] if sigma in widths else _smooth(averages, sigma))
-        for sigma in sigmas_relative
-    ]
     deviation = noise.sqrt()
-    per_average = torch.stack([kernel.square().sum(1).sqrt() for kernel in temporal]).view(1, -1, t, 1, 1)
-    in_noise = averages / (per_average * deviation)
-    broad = [
-        average / (per_average * _plane_norm(h, w, sigma, x) * deviation)
-        for sigma, average in zip(sigmas_xy, spatial, strict=True)
-        if sigma > 1
-    ]
+    kept_noise = temporal.square().sum(1).sqrt().view(len(sigmas_t), t)
+    middle = len(sigmas_t) // 2
+    lively = (averages[:, :, :, middle] / kept_noise[middle]).square().mean(3)[:, None, None] / noise
     brightness = torch.log(light / deviation)
     contrast = light / _smooth(light, 4.0) - 1
     count = -0.5 * torch.log(share)
     still_evidence = torch.cat([torch.asinh(details / detail_noise), contrast, brightness, count], 1)
     return FilterBank(
         base,
-        torch.cat([fluctuation, *spatial, *relative], 1),
+        fluctuation.unsqueeze(3),
+        averages,
+        over_rows,
         details,
-        torch.asinh(torch.cat([fluctuation / deviation, in_noise], 1)),
-        torch.asinh(torch.cat(broad, 1)),
         still_evidence,
-        _kinds(brightness, _activity(in_noise[:, len(temporal) // 2 :][:, :1])),
+        _kinds(brightness, _activity(lively)),
         light,
+        _by_pixel(deviation),
+        kept_noise,
+        widths,
+        sigmas_xy,
+        sigmas_relative,
     )
 
 
@@ -149,7 +198,7 @@ def own_noise(
     Tensor
         Means over frames, moving filters first, then still ones, (B, N + M, H, W).
     """
-    b, _, t, h, w = bank.moving.shape
+    b, h, w, _, t = bank.fluctuation.shape
     over_time, over_rows, over_columns = correlation
     in_mean = share.view(b, 1, 1, 1) * (2 * sum(over_time) - 1)
     averages = torch.stack([_own(t, sigma, over_time, share).mean() for sigma in sigmas_t]).view(1, -1, 1, 1) - in_mean
@@ -190,10 +239,19 @@ def pixel_variance(x: Tensor) -> Tensor:
     return (x[:, :, 1:] - x[:, :, :-1]).square().mean(2, keepdim=True) / 2
 
 
-def _activity(in_noise: Tensor) -> Tensor:
-    """Logarithm of the energy of the neighbors' fluctuations (B, 1, T, H, W), in units of noise, (B, 1, 1, H, W)."""
-    energy = _smooth_around(in_noise.square().mean(2, keepdim=True), _NOISE_SIGMA)
-    return torch.log(energy.clamp(min=1.0))
+def _asinh(x: Tensor) -> Tensor:
+    """`torch.asinh` to 3e-7, several times faster on a CPU, where that is not vectorized."""
+    return torch.log(torch.sqrt(1 + x * x) + x.abs()).copysign(x)
+
+
+def _by_pixel(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) as (B, H, W, C, T)."""
+    return x.permute(0, 3, 4, 1, 2)
+
+
+def _activity(energy: Tensor) -> Tensor:
+    """Logarithm of the energy of the neighbors' fluctuations, in units of noise, (B, 1, 1, H, W)."""
+    return torch.log(_smooth_around(energy, _NOISE_SIGMA).clamp(min=1.0))
 
 
 def _kinds(brightness: Tensor, activity: Tensor) -> Tensor:

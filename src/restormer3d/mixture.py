@@ -192,20 +192,29 @@ def _window_sums(model: Restormer3D, source: TrainingStack, place: list[slice], 
     background = tensor(source.background[:, y, x])[None, :, None]
     frames = noisy.shape[2]
     bank = filter_bank(noisy, background, *widths)
-    filters = torch.cat([bank.moving, bank.still.expand(-1, -1, frames, -1, -1)], 1)
-    variance = pixel_variance(noisy)[:, 0]  # (1, 1, H, W)
-    weight = (variance > 0) / noise_variance(noisy)[:, 0]  # a border of zeros has nothing to say
+    variance = pixel_variance(noisy)[0, 0, 0]  # (H, W)
+    weight = (variance > 0) / noise_variance(noisy)[0, 0, 0]  # a border of zeros has nothing to say
     variance /= 1 - sum(source.noise_correlation[0][1:2])
-    share = own_noise(bank, background[:, 1:2, :, :1, :1], *widths, source.noise_correlation)
-    targets = (filters * (wanted - bank.base)).sum(2)
-    if target is source.stack:
-        targets -= frames * share * variance
-    kinds = bank.kinds[0].flatten(1).T.double().cpu()  # (H W, K)
-    pixels = filters[0].flatten(2).permute(2, 0, 1)  # (H W, N, T)
-    own = (share * (frames * variance * weight).sqrt())[0].flatten(1).T.unsqueeze(2)  # (H W, N, 1)
-    mixed = (targets * weight)[0].flatten(1).double().cpu() @ kinds
-    at = weight.flatten().double().cpu()
-    return _Sums(_by_kind(pixels, kinds, at), mixed.flatten(), _by_kind(own, kinds, torch.ones_like(at)), 1)
+    share = own_noise(bank, background[:, 1:2, :, :1, :1], *widths, source.noise_correlation)[0].permute(1, 2, 0)
+    own = share * (frames * variance * weight).sqrt().unsqueeze(2)  # (H, W, N)
+    by_noise = frames * share * variance.unsqueeze(2) if target is source.stack else torch.zeros_like(share)
+    missing = (wanted - bank.base)[0, 0].permute(1, 2, 0).unsqueeze(3)  # (H, W, T, 1)
+    kinds, still = (values.permute(1, 2, 0) for values in (bank.kinds[0], bank.still[0, :, 0]))
+    total = None
+    for rows in bank.strips(1):
+        filters = torch.cat([bank.moving(rows)[0], still[rows].unsqueeze(3).expand(-1, -1, -1, frames)], 2)
+        targets = ((filters @ missing[rows]).squeeze(3) - by_noise[rows]) * weight[rows].unsqueeze(2)
+        of_kind = kinds[rows].flatten(0, 1).double().cpu()  # (pixels, K)
+        at = weight[rows].flatten().double().cpu()
+        sums = _Sums(
+            _by_kind(filters.flatten(0, 1), of_kind, at),
+            (targets.flatten(0, 1).T.double().cpu() @ of_kind).flatten(),
+            _by_kind(own[rows].flatten(0, 1).unsqueeze(2), of_kind, torch.ones_like(at)),
+            int(rows.start == 0),
+        )
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
 
 
 def _by_kind(values: Tensor, kinds: Tensor, weight: Tensor) -> Tensor:

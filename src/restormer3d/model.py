@@ -7,6 +7,8 @@ live in :mod:`restormer3d.ops`. Tensors are (B, C, T, H, W), float32, normalized
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +144,10 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, T, H, W) to (B, out_channels, T, H, W); T, H and W multiples of 8."""
+        return self.output(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Compute what `output` is a map of, (B, last_level_channels, T, H, W)."""
         level1 = self.encoder_level1(self.patch_embed(x))
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))
@@ -149,7 +155,7 @@ class UNet(nn.Module):
         x = self.decoder_level3(self.reduce_level3(torch.cat([self.up4_3(latent), level3], 1)))
         x = self.decoder_level2(self.reduce_level2(torch.cat([self.up3_2(x), level2], 1)))
         x = self.decoder_level1(self.reduce_level1(torch.cat([self.up2_1(x), level1], 1)))
-        return self.output(self.refinement(x))
+        return self.refinement(x)
 
 
 class Restormer3D(nn.Module):
@@ -214,24 +220,30 @@ class Restormer3D(nn.Module):
             raise ValueError("this network mixes filters and needs `background`, (B, 3, 1, H, W): temporal mean, ...")
         config = self.config
         usual = self.filter_weights.expand(x.shape[0], -1, -1) if mixture is None or not mixture.numel() else mixture
-        with torch.autocast(x.device.type, enabled=False):  # filters are exact whatever the network's precision
+        modes = self.mixture_modes[:_LOCAL_MODES].expand(len(usual), -1, -1, -1)
+        weights = torch.cat([usual.unsqueeze(1), modes], 1)
+        exactly = partial(torch.autocast, x.device.type, enabled=False)  # filters, whatever the network's precision
+        with exactly():
             bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
-            mixed = _mixed(bank, usual, self.mixture_modes[:_LOCAL_MODES])
-        found = _padded(self.unet, _folded_evidence(bank, config.fold)).to(x.dtype)
-        along = _unfolded_by_pixel(found, config.fold)[:, : x.shape[3], : x.shape[4], :, : x.shape[2]]
-        changes = mixed[..., 0, :] + (along * mixed[..., 1:, :]).sum(3)  # (B, H, W, T)
-        return bank.base + changes.permute(0, 3, 1, 2).unsqueeze(1)
+            strips = bank.strips(config.fold[1])
+            evidence = torch.cat([_folded_evidence(bank, rows, config.fold) for rows in strips], 3)
+        features = _padded(self.unet.features, evidence).split(math.ceil(strips[0].stop / config.fold[1]), 3)
+        changes = []
+        for rows, cells in zip(strips, features, strict=True):
+            along = _unfolded_by_pixel(self.unet.output(cells).to(x.dtype), config.fold)
+            with exactly():
+                mixed = _mixed(bank, rows, weights)  # (B, rows, W, 1 + modes, T)
+                along = along[:, : mixed.shape[1], : mixed.shape[2], :, : mixed.shape[4]]
+                changes.append(mixed[..., 0, :] + (along * mixed[..., 1:, :]).sum(3))
+        return bank.base + torch.cat(changes, 1).permute(0, 3, 1, 2).unsqueeze(1)
 
 
-def _mixed(bank: FilterBank, usual: Tensor, modes: Tensor) -> Tensor:
-    """Sum the filters with the usual weights (B, N, KINDS), and with those of each mode (M, N, KINDS).
-
-    Returns (B, H, W, 1 + M, T), by pixel: one matrix product each.
-    """
-    weights = torch.cat([usual.unsqueeze(1), modes.expand(len(usual), -1, -1, -1)], 1)
-    per_pixel = torch.einsum("bmnk,bkhw->bhwmn", weights, bank.kinds)
-    mixed = per_pixel[..., : bank.moving.shape[1]] @ bank.moving.permute(0, 3, 4, 1, 2)
-    mixed += per_pixel[..., bank.moving.shape[1] :] @ bank.still.permute(0, 3, 4, 1, 2)
+def _mixed(bank: FilterBank, rows: slice, weights: Tensor) -> Tensor:
+    """Sum the filters at some rows with each of the weights (B, M, N, KINDS): (B, rows, W, M, T), by pixel."""
+    per_pixel = torch.einsum("bmnk,bkhw->bhwmn", weights, bank.kinds[:, :, rows])
+    moving = bank.moving(rows)
+    mixed = per_pixel[..., : moving.shape[3]] @ moving
+    mixed += per_pixel[..., moving.shape[3] :] @ bank.still[:, :, :, rows].permute(0, 3, 4, 1, 2)
     return mixed
 
 
@@ -259,20 +271,21 @@ def unfold(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // (ft * fh * fw), t * ft, h * fh, w * fw)
 
 
-def _folded_evidence(bank: FilterBank, factors: tuple[int, int, int]) -> Tensor:
-    """What the network sees of a filter bank, (B, C, T/ft, H/fh, W/fw): the finer, the more of it in channels."""
-    pad = [-size % factor for size, factor in zip(bank.evidence.shape[2:], factors, strict=True)]
+def _folded_evidence(bank: FilterBank, rows: slice, factors: tuple[int, int, int]) -> Tensor:
+    """What the network sees of some rows, (B, C, T/ft, rows/fh, W/fw): the finer, the more of it in channels."""
+    evidence, broad = (x.permute(0, 3, 4, 1, 2) for x in bank.evidence(rows))
+    still = bank.still_evidence[:, :, :, rows]
+    pad = [-size % factor for size, factor in zip(evidence.shape[2:], factors, strict=True)]
 
     def filled(x: Tensor) -> Tensor:
-        amounts = (0, pad[2], 0, pad[1], 0, pad[0] if x.shape[2] > 1 or bank.evidence.shape[2] == 1 else 0)
+        amounts = (0, pad[2], 0, pad[1], 0, pad[0] if x.shape[2] == evidence.shape[2] else 0)
         return F.pad(x, amounts, mode="replicate") if any(amounts) else x
 
     plane = (1, *factors[1:])
-    evidence = filled(bank.evidence)
-    fine = fold(evidence[:, :2], factors)
-    slow = fold(F.avg_pool3d(evidence[:, 2:], (factors[0], 1, 1)), plane)
-    broad = F.avg_pool3d(filled(bank.broad_evidence), factors)
-    still = fold(filled(bank.still_evidence)[:, :, :1], plane).expand(-1, -1, fine.shape[2], -1, -1)
+    fine = fold(filled(evidence[:, :2]), factors)
+    slow = fold(F.avg_pool3d(filled(evidence[:, 2:]), (factors[0], 1, 1)), plane)
+    broad = F.avg_pool3d(filled(broad), factors)
+    still = fold(filled(still)[:, :, :1], plane).expand(-1, -1, fine.shape[2], -1, -1)
     return torch.cat([fine, slow, broad, still], 1)
 
 
@@ -283,7 +296,7 @@ def _conv_weight(out_channels: int, in_channels: int, size: int) -> nn.Parameter
     return nn.Parameter(weight)
 
 
-def _padded(unet: nn.Module, x: Tensor) -> Tensor:
+def _padded(unet: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a network that needs multiples of 8 to any T, H, W: replicate the borders, crop the result."""
     t, h, w = x.shape[2:]
     pad = (0, -w % 8, 0, -h % 8, 0, -t % 8)
