@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from restormer3d.config import InferenceConfig
-from restormer3d.inference import count_windows, denoise_frames
+from restormer3d.inference import count_windows, denoise_frames, window_size
 from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
 
@@ -168,14 +168,19 @@ def test_symmetries_change_nothing_for_a_model_that_has_them(count):
     np.testing.assert_allclose(run(Wobble(), stack, config), run(Wobble(), stack, single), atol=1e-5)
 
 
-def test_quarter_turns_need_square_windows():
-    stack = np.zeros((20, 40, 12), np.float32)  # the windows shrink to its 12 columns
+def test_windows_that_are_turned_are_square():
+    stack = np.random.default_rng(0).random((20, 40, 12), np.float32)  # the windows shrink to its 12 columns
     config = InferenceConfig(window=(16, 16, 16), symmetries=8)
-    with pytest.raises(ValueError, match="16 rows and 12 columns"):
-        run(Identity(), stack, config)
-    with pytest.raises(ValueError, match="square windows"):
-        count_windows(stack.shape, config)
-    run(Identity(), stack, config.model_copy(update={"symmetries": 4}))
+    assert window_size(stack.shape, config) == (16, 12, 12)
+    np.testing.assert_allclose(run(Identity(), stack, config), stack, atol=1e-5)
+
+
+def test_an_axis_that_is_little_longer_than_the_window_is_taken_as_a_whole():
+    config = InferenceConfig(window=(16, 16, 16), stretch=1.5)
+    assert window_size((23, 24, 25), config) == (24, 24, 16)  # an even number of frames
+    assert window_size((25, 16, 9), config) == (16, 16, 9)
+    stack = np.random.default_rng(0).random((23, 24, 25), np.float32)
+    np.testing.assert_allclose(run(Identity(), stack, config), stack, atol=1e-5)
 
 
 def test_windows_are_counted_as_they_are_computed():

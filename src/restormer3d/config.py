@@ -150,6 +150,8 @@ class InferenceConfig(_Config):
     window : tuple of int
         Frames, rows and columns of a window. That of the training patches with `start="input"`, for attention pools
         over it; wider with "filters", which reach further than a patch (docs/quality.md has the difference).
+    stretch : float
+        An axis of a stack at most this many times as long as the window is taken as a whole.
     overlap_t, overlap_xy : float
         Share of a window that the next one covers again, along time and along rows and columns.
     batch_size : int
@@ -167,6 +169,7 @@ class InferenceConfig(_Config):
     """
 
     window: PatchShape = (32, 64, 64)
+    stretch: Annotated[float, Field(ge=1)] = 1.0
     overlap_t: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     overlap_xy: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     batch_size: Annotated[int, Field(ge=1)] = 2
@@ -215,5 +218,14 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
     tuned = TrainingConfig.model_validate(common | {"stop_early": True})
     scratch = TrainingConfig.model_validate(common | {"iterations": 3000, "learning_rate": 3e-4})
     model = ModelConfig(start="filters")
-    inference = InferenceConfig(window=(256, 96, 96), batch_size=1, mirror_t=False, components=True, static_image=True)
+    inference = InferenceConfig(
+        window=(256, 96, 96),
+        stretch=1.5,
+        overlap_t=0.25,
+        overlap_xy=0.25,
+        batch_size=1,
+        mirror_t=False,
+        components=True,
+        static_image=True,
+    )
     return model, tuned if pretrained else scratch, inference

@@ -16,7 +16,7 @@ import torch
 from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.components import LEAST_FRAMES, AddedNoise, is_held, refine_by_components
-from restormer3d.inference import denoise_frames
+from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
 from restormer3d.noise import NoiseEstimate, estimate_noise
@@ -221,7 +221,8 @@ def _adapt(
     if not chosen.training.adapt_mixture or model.config.start != "filters" or source.stack.shape[0] < 2:
         return source, {}
     limit = math.inf if seconds is None else _ADAPTING * seconds
-    mixture, adapted = adapted_mixture(model.to(device), source, chosen.inference.window, seconds=limit)
+    window = window_size(source.stack.shape, chosen.inference)
+    mixture, adapted = adapted_mixture(model.to(device), source, window, seconds=limit)
     say(f"the mixture of filters is fitted to the stack: {adapted['distance']:.1f} of the usual spread away")
     return replace(source, mixture=mixture.cpu().numpy()), adapted
 

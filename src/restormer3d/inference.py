@@ -62,13 +62,9 @@ def denoise_frames(
     numpy.ndarray
         Denoised frames (H, W) float32, in the stack's intensities, not rounded.
 
-    Raises
-    ------
-    ValueError
-        If windows that are not square are to be averaged over quarter turns.
     """
     frames, height, width = stack.shape
-    depth, *window = _window(stack.shape, config)
+    depth, *window = window_size(stack.shape, config)
     starts = _starts(frames, depth, config)
     crops = _crops((height, width), window, config.overlap_xy)
     plane = torch.from_numpy(np.outer(gaussian_weights(window[0]), gaussian_weights(window[1]))).to(device)
@@ -110,25 +106,26 @@ def denoise_frames(
         yield from normalization.invert(arriving()).astype(np.float32)
 
 
+def window_size(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns of the windows that slide over a stack of this shape.
+
+    As `config` says, or as far as the stack goes, and square where they are to be turned by a quarter.
+    """
+    frames, rows, columns = (
+        full if full <= part * config.stretch else part for full, part in zip(shape, config.window, strict=True)
+    )
+    if config.symmetries == 8:
+        rows = columns = min(rows, columns)
+    return frames + frames % 2 if frames == shape[0] else frames, rows, columns
+
+
 def count_windows(shape: tuple[int, int, int], config: InferenceConfig) -> int:
     """Count the windows that :func:`denoise_frames` computes for a stack of this shape."""
-    depth, *window = _window(shape, config)
+    depth, *window = window_size(shape, config)
     rows, columns = (
         len(window_starts(full, part, config.overlap_xy)) for full, part in zip(shape[1:], window, strict=True)
     )
     return len(_starts(shape[0], depth, config)) * rows * columns
-
-
-def _window(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, int, int]:
-    """Frames, rows and columns of the windows that slide over a stack of this shape."""
-    frames, *plane = shape
-    rows, columns = (min(pair) for pair in zip(config.window[1:], plane, strict=True))
-    if config.symmetries == 8 and rows != columns:
-        raise ValueError(
-            f"symmetries: 8 needs square windows to turn, and over this stack of {plane[0]} x {plane[1]} pixels "
-            f"they have {rows} rows and {columns} columns; give 4 (flips alone), or a square window that fits"
-        )
-    return min(config.window[0], frames + frames % 2), rows, columns
 
 
 def _starts(frames: int, depth: int, config: InferenceConfig) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization
 from restormer3d.planning import settings, training_plan
@@ -58,6 +59,7 @@ def describe(facts: dict[str, Any]) -> str:
     wide = " x ".join(str(2 * reach + 1) for reach in extent)
     seen = {axis: f"{noise['correlation'][axis][0]:.2f}" for axis in "xyt"}
     frames, height, width = facts["shape"]
+    window = " x ".join(map(str, window_size(facts["shape"], chosen.inference)))
     rows = {
         "file": facts["file"],
         "stack": f"{frames} frames of {height} x {width}, {facts['dtype']}, axes {facts['axes']}",
@@ -73,7 +75,7 @@ def describe(facts: dict[str, Any]) -> str:
         "noise at lag 1": f"x {seen['x']}, y {seen['y']}, t {seen['t']} (correlation; 0 is white)",
         "blind spot": f"{wide} voxels (frames x rows x columns)" + " because neighbors are correlated" * any(extent),
         "denoise would": f"normalize to {facts['percentiles'][0.5]:g} .. {facts['percentiles'][99.5]:g}, run "
-        f"{training_plan(chosen)} in windows of {' x '.join(map(str, chosen.inference.window))} with "
+        f"{training_plan(chosen)} in windows of {window} with "
         f"{chosen.inference.overlap_t:.0%} overlap, and write {facts['dtype']} of the same shape",
     }
     return "\n".join(f"{name:>15}: {text}" for name, text in rows.items() if text)

@@ -21,7 +21,7 @@ from restormer3d.arithmetic import Engine, Precision, autocast, float32_products
 from restormer3d.checkpoint import load_weights, shipped_weights
 from restormer3d.components import chunk_frames, is_held
 from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingConfig, recipe
-from restormer3d.inference import count_windows
+from restormer3d.inference import count_windows, window_size
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
 from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
@@ -33,6 +33,7 @@ Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
 # Overlaps in time and in the plane, from the recipe's down to none: what --time-limit may choose from.
 _OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
+_TIMED_SIDE = 64  # pixels of the windows that are timed on a CPU
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 _COMPONENTS = 1.15  # time of a pass when its results are taken apart into components, relative to the pass alone
 
@@ -156,7 +157,11 @@ def settings(
         ),
     )
     windows = file.get("inference", {}) | _given(
-        window=patch, overlap_t=overlap, overlap_xy=overlap, symmetries=symmetries
+        window=patch,
+        stretch=None if patch is None else 1.0,
+        overlap_t=overlap,
+        overlap_xy=overlap,
+        symmetries=symmetries,
     )
     if source is None:
         model = _changed(model, file.get("model", {}))
@@ -246,7 +251,7 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
             precision=precision,
             progress=lambda *_: marks.append(_now(device)),
         )
-    window = [min(pair) for pair in zip(chosen.inference.window, source.stack.shape, strict=True)]
+    window = window_size(source.stack.shape, chosen.inference)
     per_window = _seconds_per_window(trial.to(device), window, chosen.inference.batch_size, device, precision)
     checks = 0.0
     if chosen.training.held_out:
@@ -265,9 +270,12 @@ def _now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def _seconds_per_window(
-    model: Restormer3D, window: list[int], batch_size: int, device: torch.device, precision: Precision
+    model: Restormer3D, window: tuple[int, int, int], batch_size: int, device: torch.device, precision: Precision
 ) -> float:
-    noisy = torch.rand(batch_size, 1, *window, device=device)
+    frames, *plane = window
+    if device.type == "cpu":  # a part of a large one is timed as well in less time
+        plane = [min(side, _TIMED_SIDE) for side in plane]
+    noisy = torch.rand(batch_size, 1, frames, *plane, device=device)
     mean = noisy.mean(2, keepdim=True)
     background = torch.cat([mean, torch.full_like(mean, 1 / window[0]), torch.zeros_like(mean)], 1)
     started = 0.0
@@ -275,7 +283,7 @@ def _seconds_per_window(
         started = time.monotonic()
         with float32_products(precision), autocast(device, precision):
             model(noisy, background).sum().item()  # .item() waits for the device
-    return (time.monotonic() - started) / batch_size
+    return (time.monotonic() - started) / batch_size * math.prod(window[1:]) / math.prod(plane)
 
 
 def fit_to_time(
@@ -329,7 +337,8 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     passes = inference.symmetries * (2 * _COMPONENTS if inference.components else 1)
     windows = count_windows(shape, inference) * passes
     if inference.static_image and not is_held(shape):
-        windows += count_windows((GUIDE_FRAMES, *shape[1:]), inference) * GUIDE_FRAMES / inference.window[0]
+        share = GUIDE_FRAMES / window_size(shape, inference)[0]
+        windows += share * count_windows((GUIDE_FRAMES, *shape[1:]), inference)
     return windows * calibration.seconds_per_window
 
 
@@ -349,7 +358,7 @@ def estimate(
     seconds = iterations * calibration.seconds_per_iteration
     seconds += _inference_seconds(shape, chosen.inference, calibration)
     frames = 4 * shape[1] * shape[2]
-    held = 3 * chosen.inference.window[0]
+    held = 3 * window_size(shape, chosen.inference)[0]
     if chosen.inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + 7 * chunk_frames(shape)
     if chosen.inference.static_image:

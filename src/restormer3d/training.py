@@ -101,6 +101,9 @@ def fit(
     device, state = torch.device(device), None if state_file is None else Path(state_file)
     model.to(device).train()
     total = config.warmup_iterations + config.iterations
+    if not total:  # an optimizer alone takes seconds to import
+        model.eval()
+        return []
     optimizer = _optimizer(model, config, device)
     average = copy.deepcopy(model).requires_grad_(False)
     history: list[dict[str, Any]] = []
@@ -134,7 +137,7 @@ def fit(
             progress("train", iteration + 1, total)
         if ending:
             break
-    if config.ema_decay and total:
+    if config.ema_decay:
         model.load_state_dict(average.state_dict())
     if best is not None:
         best.restore(model)
@@ -147,7 +150,7 @@ def _best_weights(
     stacks: StackSource, config: TrainingConfig, device: torch.device, precision: Precision
 ) -> BestWeights | None:
     """What chooses among the weights of a training, if voxels are held out for that."""
-    if not config.held_out or config.warmup_iterations + config.iterations == 0:
+    if not config.held_out:
         return None
     if callable(stacks):
         raise ValueError("held_out: always the same voxels are compared, so the stacks have to be the same throughout")
