@@ -46,6 +46,8 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     ),
     "the usual mixture alone": (False, {"training": {"iterations": 0, "adapt_mixture": False}}),
     "averaged over eight symmetries": (True, _AS_THEY_ARE | {"inference": {"symmetries": 8}}),
+    "windows that overlap by half": (True, _AS_THEY_ARE | {"inference": {"overlap_t": 0.5, "overlap_xy": 0.5}}),
+    "windows of 256 x 96 x 96 at most": (True, _AS_THEY_ARE | {"inference": {"stretch": 1.0}}),
     "windows of 128 x 48 x 48": (True, _AS_THEY_ARE | {"inference": {"window": (128, 48, 48)}}),
     "windows of 64 x 48 x 48": (True, _AS_THEY_ARE | {"inference": {"window": (64, 48, 48)}}),
     "**fine-tuned**": (True, {}),

@@ -191,7 +191,7 @@ def test_the_peak_memory_of_a_step_is_that_of_the_step():
 
 def test_the_whole_job_says_what_it_did():
     done = speed.time_job("cpu", None, quick=True)
-    assert (done["iterations"], done["overlap_t"], done["overlap_xy"]) == (1, 0.5, 0.5)
+    assert (done["iterations"], done["overlap_t"], done["overlap_xy"]) == (1, 0.25, 0.25)
     assert done["seconds"] > 0
 
 
