@@ -24,7 +24,7 @@ from benchmarks.tables import level_head, put_between
 from restormer3d.checkpoint import file_sha256
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.planning import Pretrained, Settings, build_model, settings
+from restormer3d.settings import Pretrained, Settings, build_model, settings
 from restormer3d.sidecar import weights_record
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 

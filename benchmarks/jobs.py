@@ -104,9 +104,9 @@ def without_folders(words: list[str]) -> str:
 
 
 def _network(name: str, options: Options) -> dict[str, Any]:
-    """Arguments for `planning.settings` with device and time limit, and the settings that come out of them."""
+    """Arguments for `settings.settings` with device and time limit, and the settings that come out of them."""
     from restormer3d.checkpoint import shipped_weights
-    from restormer3d.planning import settings
+    from restormer3d.settings import settings
     from restormer3d.sidecar import weights_record
 
     differs = METHODS[name].differs

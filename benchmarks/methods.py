@@ -42,7 +42,7 @@ class Method:
     kind: Literal["filter", "network", "peer"] = "filter"
     oracle: str = ""
     grid: dict[str, tuple[float, ...]] | None = None
-    differs: dict[str, Any] = field(default_factory=dict)  # arguments of `planning.settings`, for a network
+    differs: dict[str, Any] = field(default_factory=dict)  # arguments of `settings.settings`, for a network
 
 
 def raw(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
@@ -99,8 +99,8 @@ def svd_gaussian_oracle(noisy: Path, output: Path, _: dict[str, Any], score: Sco
 
 
 def network(noisy: Path, output: Path, arguments: dict[str, Any], _: Score) -> dict[str, Any]:
-    """Denoise by `denoise_files`; `arguments` are those of `planning.settings`, the device and the time limit."""
-    from restormer3d.planning import settings
+    """Denoise by `denoise_files`; `arguments` are those of `settings.settings`, the device and the time limit."""
+    from restormer3d.settings import settings
     from restormer3d.workflow import denoise_files
 
     arguments = dict(arguments)

@@ -24,7 +24,7 @@ from benchmarks.tables import level_head, put_between
 from restormer3d.arithmetic import Precision
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.planning import settings
+from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 
 BEGIN = "<!-- precision table: begin (written by benchmarks.precision --write; edit nothing here by hand) -->"

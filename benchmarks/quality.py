@@ -188,7 +188,7 @@ def _quick(folder: Path) -> int:
     """Compute every row once at a tiny size and write a copy of the document."""
     from restormer3d.checkpoint import save_weights
     from restormer3d.model import Restormer3D
-    from restormer3d.planning import settings
+    from restormer3d.settings import settings
 
     os.environ.setdefault("RESTORMER3D_ENGINE", "reference")  # compiling the kernels would take half of the minute
     config, weights, document = folder / "tiny.toml", folder / "tiny.safetensors", folder / "quality.md"

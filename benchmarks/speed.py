@@ -240,7 +240,7 @@ def peak_memory(name: str, config: ModelConfig, patch: tuple[int, ...], device: 
 
 def time_job(device: str, minutes: float | None, *, quick: bool) -> dict[str, Any]:
     """Denoise one simulated stack by the default recipe, TIFF to TIFF, and say what was done in which time."""
-    from restormer3d.planning import settings
+    from restormer3d.settings import settings
     from restormer3d.workflow import denoise_files
 
     shape = (16, 16, 16) if quick else (500, 128, 128)

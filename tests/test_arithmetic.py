@@ -7,7 +7,7 @@ import torch
 
 import restormer3d
 from restormer3d import ops
-from restormer3d.arithmetic import autocast, float32_products, forced_engine, usable
+from restormer3d.arithmetic import autocast, float32_products, forced_engine, torch_device, usable
 from restormer3d.config import ModelConfig
 from restormer3d.inference import denoise_frames
 from restormer3d.model import Restormer3D
@@ -128,3 +128,12 @@ def test_denoise_takes_engine_and_precision(noisy_stack):
     assert restormer3d.denoise(noisy_stack, **options).shape == noisy_stack.shape
     with pytest.raises(ValueError, match="bf16"):
         restormer3d.denoise(noisy_stack, device="cpu", precision="bf16")
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="expected auto, cpu, cuda or mps"):
+        torch_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="not available"):
+            torch_device("cuda")
+    assert torch_device("cpu").type == "cpu"

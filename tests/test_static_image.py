@@ -10,7 +10,7 @@ from restormer3d import denoising
 from restormer3d.arithmetic import torch_device
 from restormer3d.denoising import silent, start_denoising
 from restormer3d.noise import NoiseEstimate, estimate_noise
-from restormer3d.planning import settings
+from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 from restormer3d.static_image import _restored, _stabilized, denoise_mean
 

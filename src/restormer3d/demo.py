@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from restormer3d.planning import settings
 from restormer3d.report import trace_picture
+from restormer3d.settings import settings
 from restormer3d.stacks import open_stack
 from restormer3d.workflow import Progress, Say, denoise_files
 

@@ -22,17 +22,8 @@ from restormer3d.model import Restormer3D
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
-from restormer3d.planning import (
-    Calibration,
-    Pretrained,
-    Settings,
-    build_model,
-    calibrate,
-    ends_in_time,
-    estimate,
-    fit_to_time,
-    training_plan,
-)
+from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
+from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
 from restormer3d.static_image import GUIDE_FRAMES, denoise_mean

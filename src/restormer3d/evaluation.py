@@ -14,8 +14,8 @@ import tifffile
 
 from restormer3d.denoising import Method, Progress, Say, denoise_array
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.planning import Settings
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
+from restormer3d.settings import Settings
 from restormer3d.simulation import NoisyScene, simulate_scene, write_scene
 from restormer3d.stacks import StackError, TiffStack, open_stack
 

@@ -9,7 +9,7 @@ from typing import Any
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization
-from restormer3d.planning import settings, training_plan
+from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
 
 

@@ -140,7 +140,7 @@ def adapted_mixture(
     ----------
     Stein, "Estimation of the Mean of a Multivariate Normal Distribution", Annals of Statistics 1981.
     """
-    directions, weights = model.mixture_modes.flatten(1).double().cpu(), model.filter_weights.double().cpu()
+    directions, weights = model.mixture_modes.flatten(1).cpu().double(), model.filter_weights.cpu().double()
     sums = _stack_sums(model, source, window, source.stack, most_windows, seconds)
     system = directions @ (sums.products + _OWN_PENALTY * sums.own) @ directions.T
     system += torch.eye(len(directions), dtype=torch.float64)  # as likely as among scenes
@@ -204,11 +204,11 @@ def _window_sums(model: Restormer3D, source: TrainingStack, place: list[slice], 
     for rows in bank.strips(1):
         filters = torch.cat([bank.moving(rows)[0], still[rows].unsqueeze(3).expand(-1, -1, -1, frames)], 2)
         targets = ((filters @ missing[rows]).squeeze(3) - by_noise[rows]) * weight[rows].unsqueeze(2)
-        of_kind = kinds[rows].flatten(0, 1).double().cpu()  # (pixels, K)
-        at = weight[rows].flatten().double().cpu()
+        of_kind = kinds[rows].flatten(0, 1).cpu().double()  # (pixels, K)
+        at = weight[rows].flatten().cpu().double()
         sums = _Sums(
             _by_kind(filters.flatten(0, 1), of_kind, at),
-            (targets.flatten(0, 1).T.double().cpu() @ of_kind).flatten(),
+            (targets.flatten(0, 1).T.cpu().double() @ of_kind).flatten(),
             _by_kind(own[rows].flatten(0, 1).unsqueeze(2), of_kind, torch.ones_like(at)),
             int(rows.start == 0),
         )
@@ -220,7 +220,7 @@ def _window_sums(model: Restormer3D, source: TrainingStack, place: list[slice], 
 def _by_kind(values: Tensor, kinds: Tensor, weight: Tensor) -> Tensor:
     """Sum products of values (pixels, N, T) over frames and, each with each kind, over pixels; (N K, N K)."""
     count, each = values.shape[1], kinds.shape[1]
-    products = (values @ values.transpose(1, 2)).flatten(1).double().cpu()
+    products = (values @ values.transpose(1, 2)).flatten(1).cpu().double()
     pairs = (kinds[:, :, None] * kinds[:, None, :] * weight[:, None, None]).flatten(1)
     return (pairs.T @ products).view(each, each, count, count).permute(2, 0, 3, 1).reshape(count * each, -1)
 

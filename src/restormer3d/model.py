@@ -273,20 +273,27 @@ def unfold(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
 
 def _folded_evidence(bank: FilterBank, rows: slice, factors: tuple[int, int, int]) -> Tensor:
     """What the network sees of some rows, (B, C, T/ft, rows/fh, W/fw): the finer, the more of it in channels."""
-    evidence, broad = (x.permute(0, 3, 4, 1, 2) for x in bank.evidence(rows))
-    still = bank.still_evidence[:, :, :, rows]
-    pad = [-size % factor for size, factor in zip(evidence.shape[2:], factors, strict=True)]
-
-    def filled(x: Tensor) -> Tensor:
-        amounts = (0, pad[2], 0, pad[1], 0, pad[0] if x.shape[2] == evidence.shape[2] else 0)
-        return F.pad(x, amounts, mode="replicate") if any(amounts) else x
-
-    plane = (1, *factors[1:])
-    fine = fold(filled(evidence[:, :2]), factors)
-    slow = fold(F.avg_pool3d(filled(evidence[:, 2:]), (factors[0], 1, 1)), plane)
-    broad = F.avg_pool3d(filled(broad), factors)
-    still = fold(filled(still)[:, :, :1], plane).expand(-1, -1, fine.shape[2], -1, -1)
+    ft, fh, fw = factors
+    evidence, broad = (_filled(x, {1: fh, 2: fw, 4: ft}) for x in bank.evidence(rows))  # (B, rows, W, C, T)
+    still = _filled(bank.still_evidence[:, :, :, rows], {3: fh, 4: fw})
+    fine = fold(evidence[:, :, :, :2].permute(0, 3, 4, 1, 2), factors)
+    slow = fold(_averaged(evidence[:, :, :, 2:], ft).permute(0, 3, 4, 1, 2), (1, fh, fw))
+    broad = _averaged(broad, ft).unflatten(2, (-1, fw)).unflatten(1, (-1, fh)).mean((2, 4)).permute(0, 3, 4, 1, 2)
+    still = fold(still, (1, fh, fw)).expand(-1, -1, fine.shape[2], -1, -1)
     return torch.cat([fine, slow, broad, still], 1)
+
+
+def _filled(x: Tensor, factors: dict[int, int]) -> Tensor:
+    """Repeat the last entries along axes until their lengths are multiples of `factors`, by axis."""
+    for axis, factor in factors.items():
+        last = x.narrow(axis, x.shape[axis] - 1, 1)
+        x = torch.cat([x, *[last] * (-x.shape[axis] % factor)], axis) if x.shape[axis] % factor else x
+    return x
+
+
+def _averaged(x: Tensor, factor: int) -> Tensor:
+    """Mean of every `factor` entries along the last axis; in one dimension, which every device has."""
+    return F.avg_pool1d(x.reshape(-1, 1, x.shape[-1]), factor).view(*x.shape[:-1], -1)
 
 
 def _conv_weight(out_channels: int, in_channels: int, size: int) -> nn.Parameter:

@@ -7,7 +7,6 @@ at borders and not through the temporal mean.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restormer3d.filters import noise_variance
@@ -221,16 +220,20 @@ def _choose(noisy: Tensor, fraction: float, extent: tuple[int, int, int], genera
         covered *= 2 * reach + 1
     count = max(1, round(fraction * voxels / covered))
     ranks = torch.rand(noisy.shape[0], voxels, generator=generator, device=generator.device)
-    picked = ranks.topk(count, dim=1).indices.to(noisy.device)
-    chosen = torch.zeros(noisy.shape[0], voxels, dtype=torch.bool, device=noisy.device)
-    return chosen.scatter_(1, picked, True).view_as(noisy)
+    chosen = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, ranks.topk(count, dim=1).indices, True)
+    return chosen.view(noisy.shape).to(noisy.device)
 
 
 def _dilate(chosen: Tensor, extent: tuple[int, int, int]) -> Tensor:
-    if not any(extent):
-        return chosen
-    kernel = tuple(2 * reach + 1 for reach in extent)
-    return F.max_pool3d(chosen.float(), kernel, stride=1, padding=extent) > 0
+    """Voxels (B, 1, T, H, W) that are no further than `extent` from a chosen one, along each axis."""
+    for axis, reach in enumerate(extent, start=2):
+        length, grown = chosen.shape[axis], chosen.clone()
+        for lag in range(1, min(reach, length - 1) + 1):  # not max_pool3d, which not every device has
+            span = length - lag
+            grown.narrow(axis, lag, span).logical_or_(chosen.narrow(axis, 0, span))
+            grown.narrow(axis, 0, span).logical_or_(chosen.narrow(axis, lag, span))
+        chosen = grown
+    return chosen
 
 
 def _visible_neighbors(

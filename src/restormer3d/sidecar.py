@@ -17,7 +17,7 @@ from restormer3d import ops
 from restormer3d.arithmetic import Precision
 from restormer3d.checkpoint import file_sha256
 from restormer3d.patches import TrainingStack
-from restormer3d.planning import Settings
+from restormer3d.settings import Settings
 from restormer3d.stacks import StackCheck, TiffStack
 
 _LOSS_POINTS = 200  # entries of the loss curve

@@ -16,7 +16,7 @@ from restormer3d.arithmetic import Engine, Precision, forced_engine, torch_devic
 from restormer3d.checkpoint import save_weights
 from restormer3d.config import Recipe
 from restormer3d.denoising import Method, Progress, Say, denoise_array, silent, start_denoising
-from restormer3d.planning import Pretrained, Settings, settings
+from restormer3d.settings import Pretrained, Settings, settings
 from restormer3d.sidecar import sidecar
 from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, write_stack
 
@@ -55,7 +55,7 @@ def denoise(
     weights : path or "none", optional
         Where training starts; by default the weights in the package.
     iterations, batch_size, patch, overlap, seed, blind_spot, symmetries : optional
-        Replace the recipe's; see :func:`restormer3d.planning.settings`.
+        Replace the recipe's; see :func:`restormer3d.settings.settings`.
     device : {"auto", "cpu", "cuda", "mps"}
         Where to compute.
     engine : {"auto", "reference", "cpu", "cuda"}
@@ -123,7 +123,7 @@ def denoise_files(
     output : Path
         A file name if there is one stack and this is no folder; else the folder that gets a file of each input's name.
     chosen : Settings
-        From :func:`restormer3d.planning.settings`.
+        From :func:`restormer3d.settings.settings`.
     method, device
         As for :func:`denoise`.
     time_limit : float, optional

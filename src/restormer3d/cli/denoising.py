@@ -87,7 +87,7 @@ def denoise(
     """
     try:
         from restormer3d.arithmetic import torch_device, usable
-        from restormer3d.planning import settings
+        from restormer3d.settings import settings
         from restormer3d.workflow import denoise_files, output_files
 
         set_threads(threads)

@@ -70,7 +70,7 @@ def evaluate(
         File for the scores.
     """
     from restormer3d.evaluation import evaluate, evaluate_real, write_json
-    from restormer3d.planning import settings
+    from restormer3d.settings import settings
 
     try:
         if real and noisy_stack is None:
@@ -229,8 +229,8 @@ def pretrain(
     from restormer3d.arithmetic import forced_engine, torch_device, usable
     from restormer3d.checkpoint import load_weights
     from restormer3d.distributed import is_first, joined_processes
-    from restormer3d.planning import pretraining_settings
     from restormer3d.pretraining import pretrain
+    from restormer3d.settings import pretraining_settings
 
     try:
         set_threads(threads)

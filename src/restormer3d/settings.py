@@ -1,0 +1,241 @@
+"""Settings: a recipe, changed by a file and by arguments, and the model that they ask for."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from restormer3d.arithmetic import Engine, Precision
+from restormer3d.checkpoint import load_weights, shipped_weights
+from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingConfig, recipe
+from restormer3d.model import Restormer3D
+
+Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe as the user changed it.
+
+    Attributes
+    ----------
+    recipe : {"default", "published"}
+        What the rest started from.
+    model : ModelConfig
+        Of the weights file if there is one.
+    training : TrainingConfig
+        Of every stack.
+    inference : InferenceConfig
+        Of every stack.
+    weights : Path or None
+        Where training starts; None trains from scratch.
+    sigma : tuple of float or None
+        Widths of the Gaussian filter in frames and pixels, should that be the method; None chooses them.
+    precision : {"fp32", "tf32", "bf16"}
+        Of the network's arithmetic.
+    engine : {"auto", "reference", "cpu", "cuda"}
+        What computes the slow operators; "auto" takes the one of the device.
+    """
+
+    recipe: Recipe
+    model: ModelConfig
+    training: TrainingConfig
+    inference: InferenceConfig
+    weights: Path | None
+    sigma: tuple[float, float] | None = None
+    precision: Precision = "fp32"
+    engine: Engine = "auto"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where training starts, read once for many stacks.
+
+    Attributes
+    ----------
+    model : Restormer3D
+        From :func:`build_model`; every stack trains a copy.
+    weights : dict or None
+        What the sidecar says of the weights file.
+    """
+
+    model: Restormer3D
+    weights: dict[str, Any] | None
+
+
+def settings(
+    recipe_name: Recipe = "default",
+    weights: str | Path | None = None,
+    *,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    patch: tuple[int, int, int] | None = None,
+    overlap: float | None = None,
+    seed: int | None = None,
+    blind_spot: str | None = None,
+    symmetries: int | None = None,
+    sigma: tuple[float, float] | None = None,
+    precision: Precision = "fp32",
+    engine: Engine = "auto",
+    config_file: str | Path | None = None,
+) -> Settings:
+    """Settings of a denoising: the recipe, then the configuration file, then single arguments.
+
+    Parameters
+    ----------
+    recipe_name : {"default", "published"}
+        What everything that is not given comes from.
+    weights : path or "none", optional
+        Where training starts. By default the pretrained weights in the package, if they suit the recipe.
+    iterations, batch_size, patch, overlap, seed : optional
+        Replace the recipe's.
+    blind_spot : str, optional
+        "auto", "point", or axes and odd widths, such as "x3" or "x3y3" or "t3x5".
+    symmetries : {1, 4, 8}, optional
+        Replaces the recipe's.
+    sigma : tuple of float, optional
+        Widths of the Gaussian filter in frames and pixels.
+    precision, engine
+        See :class:`Settings`.
+    config_file : path, optional
+        TOML with tables [model], [training], [inference].
+
+    Raises
+    ------
+    ValueError
+        If a setting is unknown or out of range; the message names it.
+    """
+    file = _read_toml(config_file)
+    source = _weights_file(recipe_name, weights)
+    model, training, inference = recipe(recipe_name, pretrained=source is not None)
+    if source is not None:
+        model = load_weights(source).config
+        if "model" in file and (asked := _changed(model, file["model"])) != model:
+            raise ValueError(f"{config_file}: [model] asks for {asked}, but {source} holds {model}")
+    training = _changed(
+        training,
+        file.get("training", {})
+        | _given(
+            iterations=iterations,
+            batch_size=batch_size,
+            patch=patch,
+            seed=seed,
+            blind_spot=None if blind_spot is None else parse_blind_spot(blind_spot),
+        ),
+    )
+    windows = file.get("inference", {}) | _given(
+        window=patch,
+        stretch=None if patch is None else 1.0,
+        overlap_t=overlap,
+        overlap_xy=overlap,
+        symmetries=symmetries,
+    )
+    if source is None:
+        model = _changed(model, file.get("model", {}))
+        if training.iterations == 0:
+            raise ValueError("no weights and no iterations would leave the network untrained: give one of the two")
+    return Settings(recipe_name, model, training, _changed(inference, windows), source, sigma, precision, engine)
+
+
+def pretraining_settings(
+    recipe_name: Recipe,
+    *,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    patch: tuple[int, int, int] | None = None,
+    seed: int | None = None,
+    config_file: str | Path | None = None,
+) -> tuple[ModelConfig, TrainingConfig]:
+    """Settings of a pretraining: the page's (50,000 iterations, batch 4), then the file's, then single arguments.
+
+    Raises
+    ------
+    ValueError
+        If a setting is unknown or out of range; the message names it.
+    """
+    file = _read_toml(config_file)
+    model, training, _ = recipe(recipe_name, pretrained=False)
+    page = {"batch_size": 4, "warmup_iterations": 2000, "iterations": 48_000, "weight_decay": 1e-5}
+    page |= {"held_out": 0.0, "stop_early": False, "adapt_mixture": False}  # both belong to one stack
+    page |= {"learning_rate": 3e-4, "loss": "l1"} if recipe_name == "published" else {"warmup_iterations": 0}
+    given = _given(iterations=iterations, batch_size=batch_size, patch=patch, seed=seed)
+    training = _changed(training, page | file.get("training", {}) | given)
+    return _changed(model, file.get("model", {})), training
+
+
+def parse_blind_spot(text: str) -> str | tuple[int, int, int]:
+    """Half-extent in (frames, rows, columns) from "point", "x3", "x3y3"...; "auto" stays as it is.
+
+    >>> parse_blind_spot("x5t3")
+    (1, 0, 2)
+    """
+    if text == "auto":
+        return text
+    reach = {"t": 0, "y": 0, "x": 0}
+    parts = [] if text == "point" else [text[i : i + 2] for i in range(0, len(text), 2)]
+    for part in parts:
+        if len(part) != 2 or part[0] not in reach or part[1] not in "3579":
+            raise ValueError(
+                f"blind spot {text!r}: expected auto, point, or axes and odd widths such as x3, x3y3 or t3x5"
+            )
+        reach[part[0]] = int(part[1]) // 2
+    return (reach["t"], reach["y"], reach["x"])
+
+
+def training_plan(chosen: Settings) -> str:
+    """Say what training will be done, in words."""
+    total = chosen.training.warmup_iterations + chosen.training.iterations
+    start = "from scratch" if chosen.weights is None else f"from {chosen.weights.name}"
+    while_it_helps = ", as long as held-out voxels gain by it" if chosen.training.stop_early and total else ""
+    return f"{total} iterations {start}{while_it_helps}, then inference"
+
+
+def build_model(chosen: Settings) -> Restormer3D:
+    """Load the weights, or make a network with initial weights drawn from the seed."""
+    if chosen.weights is not None:
+        return load_weights(chosen.weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(chosen.training.seed)
+        return Restormer3D(chosen.model)
+
+
+def _read_toml(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        with Path(path).open("rb") as file:
+            tables = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: expected a readable TOML file: {error}") from error
+    unknown = set(tables) - {"model", "training", "inference"}
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown {', '.join(sorted(unknown))}; expected the tables [model], [training] and [inference]"
+        )
+    return tables
+
+
+def _weights_file(recipe_name: Recipe, weights: str | Path | None) -> Path | None:
+    if weights is None:
+        # The shipped weights mix filters; the published form has to be trained from scratch.
+        return shipped_weights() if recipe_name == "default" else None
+    return None if str(weights) == "none" else Path(weights)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    """Validate a configuration anew with some values replaced."""
+    try:
+        return type(config).model_validate(config.model_dump() | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or type(config).__name__
+        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}") from error
