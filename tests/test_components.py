@@ -64,6 +64,28 @@ def test_height_that_the_filter_took_from_events_returns(scene):
     assert 1.2 * heights[0] < heights[1] < 1.1 * heights[2]
 
 
+def test_slow_activity_that_the_filter_left_out_returns(monkeypatch):
+    """One height for the whole recording cannot repair a filter that keeps the activity of a part of it alone."""
+    wave = 30 * np.sin(np.arange(SHAPE[0]) / 8)[:, None, None]
+    cell = np.exp(-np.square(np.stack(np.meshgrid(*(np.linspace(-3, 3, n) for n in SHAPE[1:]), indexing="ij"))).sum(0))
+    clean = 200 + wave * cell
+    added = AddedNoise(photons(clean), 40.0 * clean.mean(0) + 400.0)
+
+    def wide(stack):
+        return gaussian_frames(stack[: stack.shape[0]], 5.0, 2.0)
+
+    def forgetful(stack):
+        out = np.stack(list(wide(stack)))
+        out[48:] = 0.3 * out[48:] + 0.7 * out.mean(0)
+        return iter(out)
+
+    put_back = [error(refined(added, denoiser), clean) for denoiser in (wide, forgetful)]
+    monkeypatch.setattr(components, "_SLOW_EXCESS", np.inf)
+    left_out = [error(refined(added, denoiser), clean) for denoiser in (wide, forgetful)]
+    assert put_back[1] < 0.75 * left_out[1]
+    assert put_back[0] < 1.05 * left_out[0]  # and where nothing was left out, no noise comes back
+
+
 def test_noise_alone_fades():
     rng = np.random.default_rng(3)
     still = 100 + 50 * rng.random(SHAPE[1:])

@@ -30,11 +30,15 @@ _MOST = 32
 _POWERS = 6  # passes to find them
 _DRAWN = 32  # frames of noise that are drawn; others are these, moved
 _CHUNK_VOXELS = 2**26  # of frames that are looked at together
+_MOST_FRAMES = 4096  # of them: a filter along time is a matrix of their square
 _HALF = 0.45  # energy of noise, relative to a component's, at which half of the component is kept
 _STEEPNESS = 3
 _SPREAD = 0.2  # expected deviation of a component's weight from what its energy says
 _SHARP_SPREAD = 0.3  # of the weight of its less smoothed course, where a frame says enough
 _SHARP_SIGMA = 1.0  # frames
+_SLOW_SIGMA = 5.0  # frames over which what a fitted course left out is looked at
+_SLOW_EXCESS = 4.0  # energy of noise that it must exceed there, for part of it to be put back
+_SLOW_RELIABLE = 0.75  # of a component: others are partly made of the very noise that would be put back
 _SEED = 0
 _MOST_MORE = 100.0  # noise that a component may have, in units of the noise expected: flicker, jitter of the field
 _TINY = 1e-30
@@ -103,8 +107,9 @@ def refine_by_components(
     kept as far as its energy exceeds that of the same component of noise alone. Its weight, and that of its course
     in the noisy stack smoothed by little more than a frame, are then fitted to the noisy stack; the noise that both
     share with it is taken off, as in Stein's estimate; where differences of frames show more noise in a component than
-    its pixels have of their own (flicker of the light, jitter of the field), that counts. What is left beyond the
-    largest components is kept in the same way, as one. Blocks of three sizes overlap, and their results are blended.
+    its pixels have of their own (flicker of the light, jitter of the field), that counts. Slow activity that the fit
+    left out is put back where it exceeds several times the noise. What is left beyond the largest components is kept
+    in the same way, as one. Blocks of three sizes overlap, and their results are blended.
 
     Parameters
     ----------
@@ -150,7 +155,7 @@ def refine_by_components(
 
 def chunk_frames(shape: tuple[int, int, int]) -> int:
     """Frames of a stack of this shape that :func:`refine_by_components` looks at together."""
-    return min(shape[0], max(LEAST_FRAMES, _CHUNK_VOXELS // (shape[1] * shape[2])))
+    return min(shape[0], _MOST_FRAMES, max(LEAST_FRAMES, _CHUNK_VOXELS // (shape[1] * shape[2])))
 
 
 def is_held(shape: tuple[int, int, int]) -> bool:
@@ -274,7 +279,7 @@ def _noise_energy(noisy: _Split) -> Tensor:
 def _refitted(
     clear: Tensor, noisy: Tensor, response: Tensor, noise: Tensor, more: Tensor, reliable: Tensor, variance: Tensor
 ) -> Tensor:
-    """Put together courses (blocks, T, components) from the denoised and the slightly smoothed noisy ones."""
+    """Put together courses (blocks, T, components) from the denoised, the slightly smoothed and the slow noisy ones."""
     smooth = gaussian_matrix(clear.shape[1], _SHARP_SIGMA, clear)
     sharp = smooth @ noisy
     exceeds = (noisy.square().mean(1) / variance.clamp(min=_TINY) - 1).clamp(min=0)
@@ -287,7 +292,19 @@ def _refitted(
         reliable,
         variance,
     )
-    return first * clear + second * sharp
+    refitted = first * clear + second * sharp
+    left_noise = more.sqrt().unsqueeze(1) * (noise - first * response - second * (smooth @ noise))
+    share = ((reliable - _SLOW_RELIABLE) / (1 - _SLOW_RELIABLE)).clamp(min=0).unsqueeze(1)
+    return refitted + share * _left_out(noisy - refitted, left_noise)
+
+
+def _left_out(left: Tensor, noise: Tensor) -> Tensor:
+    """What of the rest of courses (blocks, T, components) is slow and exceeds, there and then, what noise leaves."""
+    smooth = gaussian_matrix(left.shape[1], _SLOW_SIGMA, left)
+    slow = smooth @ left
+    energy = smooth @ slow.square()
+    of_noise = (smooth @ noise).square().mean(1, keepdim=True)
+    return (1 - _SLOW_EXCESS * of_noise / energy.clamp(min=_TINY)).clamp(min=0) * slow
 
 
 def _fitted(
