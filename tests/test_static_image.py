@@ -1,4 +1,4 @@
-"""The temporal mean as an image: closer to the truth than its guide, unharmed where there is no noise."""
+"""The temporal mean as an image: closer to the truth, unharmed where there is no noise."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from restormer3d import denoising
+from restormer3d import denoising, static_image
 from restormer3d.arithmetic import torch_device
 from restormer3d.denoising import silent, start_denoising
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.static_image import _restored, _stabilized, denoise_mean
+from restormer3d.static_image import denoise_mean, restored, stabilized
 
 WHITE = ((1.0,), (1.0,), (1.0,))
 
@@ -31,13 +31,21 @@ def error(image, truth):
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_it_is_closer_to_the_truth_than_its_guide_and_the_mean(scene, level):
+def test_it_is_closer_to_the_truth_than_the_mean_and_any_gaussian(scene, level):
     truth = scene[:].mean(0)
     noisy = NoisyScene(scene, *noise_parameters(level), seed=3)[:]
-    mean, guide = noisy.mean(0), gaussian_filter(noisy.mean(0), 0.6)
-    out = denoise_mean(mean, guide, estimate_noise(noisy), len(noisy), WHITE)
+    mean = noisy.mean(0)
+    out = denoise_mean(mean, estimate_noise(noisy), len(noisy), WHITE)
     assert out.dtype == np.float32
-    assert error(out, truth) < 0.85 * min(error(mean, truth), error(guide, truth))
+    best = min(error(gaussian_filter(mean, sigma), truth) for sigma in (0.0, 0.4, 0.6, 0.8, 1.0, 1.3, 2.0))
+    assert error(out, truth) < 0.7 * best
+
+
+def test_a_network_that_takes_too_much_away_is_not_followed(scene, monkeypatch):
+    truth = scene[:].mean(0)
+    mean = truth + np.random.default_rng(0).normal(size=truth.shape)
+    monkeypatch.setattr(static_image, "denoise_image", lambda _, image, __: image.mean().expand_as(image))
+    assert error(denoise_mean(mean, noise_of(0.0, 1.0), 1, WHITE), truth) < 1.1 * error(mean, truth)
 
 
 def test_noise_that_neighbors_share_is_known(scene):
@@ -45,24 +53,22 @@ def test_noise_that_neighbors_share_is_known(scene):
     truth = scene[:].mean(0)
     white = np.random.default_rng(0).normal(size=(64, 65))
     mean = truth + 60 * (white[:, 1:] + 0.5 * white[:, :-1]) / 1.25**0.5
-    guide = gaussian_filter(mean, 1.0)
-    told, not_told = (
-        denoise_mean(mean, guide, noise_of(0.0, 3600.0), 1, each) for each in ((*WHITE[:2], (1, 0.4)), WHITE)
-    )
+    told, not_told = (denoise_mean(mean, noise_of(0.0, 3600.0), 1, each) for each in ((*WHITE[:2], (1, 0.4)), WHITE))
     assert error(told, truth) < 0.97 * error(not_told, truth)
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (5, 9), (1, 20), (1, 1)])
 def test_without_noise_the_mean_stays(shape):
     mean = np.random.default_rng(1).uniform(100, 900, shape)
-    out = denoise_mean(mean, mean * 0.9, noise_of(0.0, 0.0), 100, WHITE)
-    np.testing.assert_allclose(out, mean, rtol=1e-2)
+    out = denoise_mean(mean, noise_of(0.0, 0.0), 100, WHITE)
+    np.testing.assert_allclose(out, mean, rtol=1e-6)
 
 
 def test_a_flat_image_stays_flat():
     flat = np.full((20, 20), 70.0)
     for noise in (noise_of(20.0, 100.0), noise_of(0.0, 0.0)):
-        np.testing.assert_allclose(denoise_mean(flat, flat, noise, 50, WHITE), flat, rtol=1e-4)
+        of_noise = (noise.variance(flat).mean() / 50) ** 0.5
+        np.testing.assert_allclose(denoise_mean(flat, noise, 50, WHITE), flat, rtol=1e-6, atol=0.15 * of_noise)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +76,9 @@ def test_a_flat_image_stays_flat():
 )
 def test_the_transform_makes_noise_alike_and_is_taken_back(noise):
     intensities = np.linspace(-80, 3000, 500)
-    np.testing.assert_allclose(_restored(_stabilized(intensities, noise), noise), intensities, atol=1e-6)
+    np.testing.assert_allclose(restored(stabilized(intensities, noise), noise), intensities, atol=1e-6)
     if noise.read_noise_variance:
-        slope = np.gradient(_stabilized(intensities, noise), intensities)
+        slope = np.gradient(stabilized(intensities, noise), intensities)
         np.testing.assert_allclose(slope[40:] ** 2 * noise.variance(intensities[40:]), 1, rtol=0.02)
 
 
@@ -94,3 +100,11 @@ def test_only_the_static_part_of_a_stack_changes(scene, monkeypatch):
     monkeypatch.setattr("restormer3d.components._CHUNK_VOXELS", 40 * 64 * 64)  # too long to be held
     long = denoised()
     assert error(long.mean(0), truth) < 0.97 * error(denoised(static_image=False).mean(0), truth)
+
+
+@pytest.mark.parametrize("deviation", [1e-3, 0.1, 3.0])
+def test_what_is_far_above_the_noise_stays(deviation):
+    """Pixels that have nothing in common, recorded with next to no noise."""
+    mean = np.random.default_rng(1).uniform(100, 900, (40, 30))
+    out = denoise_mean(mean, noise_of(0.0, deviation**2), 1, WHITE)
+    assert np.sqrt(error(out, mean)) < max(1.2 * deviation, 0.05)

@@ -16,6 +16,7 @@ import torch
 from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.components import LEAST_FRAMES, AddedNoise, is_held, refine_by_components
+from restormer3d.image_network import shipped_image_weights
 from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
@@ -24,9 +25,9 @@ from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
-from restormer3d.sidecar import network_record, weights_record
+from restormer3d.sidecar import file_record, network_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
-from restormer3d.static_image import GUIDE_FRAMES, denoise_mean
+from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean
 from restormer3d.training import fit
 
 Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
@@ -146,8 +147,8 @@ def start_denoising(
     record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
     seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
     record |= {"noise": asdict(noise) if noise else {}, "mixture": adapted, "seconds": seconds_spent}
-    frames, refined = _denoised_frames(model, source, noise, chosen, device, precision, progress, say)
-    return Denoised(frames, record | {"components": refined}, model)
+    frames, afterwards = _denoised_frames(model, source, noise, chosen, device, precision, progress, say)
+    return Denoised(frames, record | afterwards, model)
 
 
 def _denoised_frames(
@@ -159,8 +160,8 @@ def _denoised_frames(
     precision: Precision,
     progress: Progress,
     say: Say,
-) -> tuple[Iterator[np.ndarray], bool]:
-    """Frames that are computed as they are asked for, and whether they are taken apart into components."""
+) -> tuple[Iterator[np.ndarray], dict[str, Any]]:
+    """Frames that are computed as they are asked for, and a record of what the network's own go through."""
     denoise = partial(
         denoise_frames,
         model,
@@ -175,9 +176,11 @@ def _denoised_frames(
     added = _added_noise(source, noise, say) if chosen.inference.components else None
     if added is not None:
         frames = refine_by_components(frames, denoise(added), added, device)
+    image_weights = None
     if chosen.inference.static_image and noise is not None:
         frames = _with_static_image(frames, denoise, source, noise)
-    return frames, added is not None
+        image_weights = file_record(shipped_image_weights())
+    return frames, {"components": added is not None, "static_image": image_weights}
 
 
 def _say_plan(
@@ -249,11 +252,11 @@ def _with_static_image(
             held[t] = frame
         frames, common = (held[t] for t in range(len(held))), np.asarray(held.mean(0, np.float64))
     else:
-        first = max(0, (stack.shape[0] - GUIDE_FRAMES) // 2)
-        some = stack[first : first + GUIDE_FRAMES].astype(np.float32)
+        first = max(0, (stack.shape[0] - SAMPLE_FRAMES) // 2)
+        some = stack[first : first + SAMPLE_FRAMES].astype(np.float32)
         some += mean - some.mean(0, np.float64)
         common = np.asarray(np.stack(list(denoise(some))).mean(0))
-    change = denoise_mean(mean, common, noise, stack.shape[0], source.noise_correlation) - common
+    change = denoise_mean(mean, noise, stack.shape[0], source.noise_correlation) - common
     yield from (frame + change for frame in frames)
 
 

@@ -21,7 +21,7 @@ from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
 from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
 from restormer3d.settings import Settings
-from restormer3d.static_image import GUIDE_FRAMES
+from restormer3d.static_image import SAMPLE_FRAMES
 from restormer3d.training import fit
 
 # Overlaps in time and in the plane, from the recipe's down to none: what --time-limit may choose from.
@@ -147,7 +147,7 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     if inference.components:
         windows = 2 * windows + _COMPONENTS * math.prod(shape) / math.prod(window)
     if inference.static_image and not is_held(shape):
-        windows += GUIDE_FRAMES / window[0] * count_windows((GUIDE_FRAMES, *shape[1:]), inference)
+        windows += SAMPLE_FRAMES / window[0] * count_windows((SAMPLE_FRAMES, *shape[1:]), inference)
     return windows * calibration.seconds_per_window
 
 
@@ -171,7 +171,7 @@ def estimate(
     if chosen.inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + 7 * chunk_frames(shape)
     if chosen.inference.static_image:
-        held += shape[0] if is_held(shape) else 3 * GUIDE_FRAMES
+        held += shape[0] if is_held(shape) else 3 * SAMPLE_FRAMES
     buffers = held * frames
     if device.type == "cpu":  # the calibration has just run with everything allocated
         return seconds, psutil.Process().memory_info().rss + buffers

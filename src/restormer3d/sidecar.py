@@ -114,4 +114,9 @@ def weights_record(chosen: Settings) -> dict[str, Any] | None:
     """Name and hash of the weights that training started from; None from scratch."""
     if chosen.weights is None:
         return None
-    return {"file": chosen.weights.name, "sha256": file_sha256(chosen.weights)}
+    return file_record(chosen.weights)
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Name and hash of a file."""
+    return {"file": path.name, "sha256": file_sha256(path)}

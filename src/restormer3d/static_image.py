@@ -1,4 +1,4 @@
-"""The temporal mean, denoised as an image: patches that look alike tell apart what in each of them is noise.
+"""The temporal mean, denoised as an image: by a small network, and by what patches that look alike have in common.
 
 The mean of all frames holds little noise, but all of it stays in every frame. In a short recording it is most of the
 error that is left once activity has been denoised.
@@ -10,34 +10,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from restormer3d.filters import gaussian_matrix
+from restormer3d.image_network import denoise_image, shipped_image_network
 from restormer3d.noise import NoiseEstimate
 
-GUIDE_FRAMES = 64
-"""Of a stack too long to be held, for the image that guides."""
+SAMPLE_FRAMES = 64
+"""Of a stack too long to be held: they show what its denoised frames have in common."""
 
 _PATCH = 7  # pixels
 _REACH = 10  # pixels around a patch where others like it are looked for
 _ALIKE = 40  # patches of a group
 _STRIDE = 2  # pixels from one patch that is estimated to the next
-_LEAST_NOISE = 1e-6  # relative to the guide's variance: where there is none, equations stay solvable
+_LEAST_NOISE = 1e-6  # relative to the image's variance: equations stay solvable
+_MOST_CORRELATION = 0.3  # that the network was trained with
+_NEAR = 6.0  # pixels over which it is looked at whether the network took away more than noise
 
 
 @torch.no_grad()
 def denoise_mean(
-    mean: np.ndarray, guide: np.ndarray, noise: NoiseEstimate, frames: int, correlation: tuple[tuple[float, ...], ...]
+    mean: np.ndarray, noise: NoiseEstimate, frames: int, correlation: tuple[tuple[float, ...], ...]
 ) -> np.ndarray:
     """Denoise the temporal mean of a stack.
 
-    For every patch, those nearby are gathered that are most like it in the guide; what they have in common says how
-    far each direction of its deviation from their mean is to be trusted, against the noise that is known (a Wiener
-    filter for each group). Intensities are first transformed so that their noise is the same everywhere.
+    A network gives a first image. For every patch, those nearby are gathered that are most like it in this image; what
+    they have in common says how far each direction of its deviation from their mean is to be trusted, against the
+    noise that is known (a Wiener filter for each group). The result is half of each, but where the network took away
+    more than noise, it is the patches' alone. Intensities are first transformed so that their noise is the same
+    everywhere.
 
     Parameters
     ----------
     mean : numpy.ndarray
         Of all frames, (H, W), intensities.
-    guide : numpy.ndarray
-        The same, denoised in some other way, (H, W).
     noise : NoiseEstimate
         Of a single frame.
     frames : int
@@ -53,23 +57,39 @@ def denoise_mean(
     References
     ----------
     Lebrun, Buades, Morel, "A Nonlocal Bayesian Image Denoising Algorithm", SIAM J. Imaging Sciences 2013: its second
-    step, with the guide in place of its first; Anscombe, "The transformation of Poisson, binomial and
+    step, with the network in place of its first; Mohan et al., "Robust and Interpretable Blind Image Denoising via
+    Bias-Free Convolutional Neural Networks", ICLR 2020; Anscombe, "The transformation of Poisson, binomial and
     negative-binomial data", Biometrika 1948, for the transform.
     """
-    image, like = (torch.from_numpy(_stabilized(values, noise)) for values in (mean, guide))
-    height, width = image.shape
-    rows, columns = min(_PATCH, height), min(_PATCH, width)
-    variance = (2 * sum(correlation[0]) - 1) / frames if noise.variance(mean).any() else 0.0
-    variance = max(variance, _LEAST_NOISE * float(like.var(correction=0)), np.finfo(np.float64).tiny ** 0.5)
-    of_noise = variance * torch.kron(_covariance(rows, correlation[1]), _covariance(columns, correlation[2]))
-    patches, alike = (_patches(values, rows, columns) for values in (image, like))
+    if not noise.variance(mean).any():
+        return mean.astype(np.float32)
+    image = torch.from_numpy(stabilized(mean, noise))
+    variance = max((2 * sum(correlation[0]) - 1) / frames, _LEAST_NOISE * max(1.0, float(image.var(correction=0))))
+    image /= variance**0.5
+    lag_one = (min(max([*lags[1:2], 0.0]), _MOST_CORRELATION) for lags in correlation[1:])
+    guide = denoise_image(shipped_image_network(), image, (next(lag_one), next(lag_one)))
+    by_patches = _from_patches(image, guide, correlation)
+    share = 0.5 * (2 - _smoothed((image - guide).square())).clamp(0, 1)  # 1 is the noise's variance
+    return restored(((by_patches + share * (guide - by_patches)) * variance**0.5).numpy(), noise).astype(np.float32)
+
+
+def _from_patches(image: Tensor, guide: Tensor, correlation: tuple[tuple[float, ...], ...]) -> Tensor:
+    """Estimate an image (H, W) with noise of unit variance from patches that are alike in the guide."""
+    rows, columns = (min(_PATCH, length) for length in image.shape)
+    of_noise = torch.kron(_covariance(rows, correlation[1]), _covariance(columns, correlation[2]))
+    patches, alike = (_patches(values, rows, columns) for values in (image, guide))
     total, weight = torch.zeros_like(image), torch.zeros_like(image)
     lefts = _places(patches.shape[1])
     for top in _places(patches.shape[0]):
         for left, estimate in zip(lefts, _estimated(patches, alike, top, lefts, of_noise), strict=True):
             total[top : top + rows, left : left + columns] += estimate.view(rows, columns)
             weight[top : top + rows, left : left + columns] += 1
-    return _restored((total / weight).numpy(), noise).astype(np.float32)
+    return total / weight
+
+
+def _smoothed(image: Tensor) -> Tensor:
+    down, across = (gaussian_matrix(length, _NEAR, image) for length in image.shape)
+    return down @ image @ across.T
 
 
 def _estimated(patches: Tensor, alike: Tensor, top: int, lefts: list[int], of_noise: Tensor) -> Tensor:
@@ -111,7 +131,7 @@ def _covariance(length: int, lags: tuple[float, ...]) -> Tensor:
     return torch.from_numpy(np.array([*lags, *[0.0] * length])[np.minimum(lag, len(lags))])
 
 
-def _stabilized(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
+def stabilized(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
     """Intensities whose noise has unit variance, float64; below zero light, where it no longer changes, a line."""
     above, below, read = *_around_zero_light(values.astype(np.float64), noise), _read_noise(noise)
     if not noise.gain:
@@ -119,8 +139,8 @@ def _stabilized(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
     return 2 / noise.gain * (np.sqrt(noise.gain * above + read**2) - read) + below / read
 
 
-def _restored(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
-    """Take :func:`_stabilized` back."""
+def restored(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
+    """Take :func:`stabilized` back."""
     read = _read_noise(noise)
     above, below = np.maximum(values, 0), np.minimum(values, 0) * read
     if not noise.gain:

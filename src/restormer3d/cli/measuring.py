@@ -263,6 +263,50 @@ def pretrain(
     return 0
 
 
+@app.command
+def pretrain_image(
+    *,
+    output: Annotated[Path, Parameter(alias="-o")],
+    iterations: int = 5000,
+    seed: int = 1,
+    threads: int | None = None,
+    save_every: int = 500,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Train the small network that denoises the static image, on noisy images of simulated scenes.
+
+    Parameters
+    ----------
+    output
+        Folder of the run: weights, history, and the state to resume from.
+    iterations
+        Of 16 patches each.
+    seed
+        Of images, noise and initial weights.
+    threads
+        CPU threads; by default all cores.
+    save_every
+        Iterations between two savings, each with a validation.
+    resume
+        Go on with the run in the output folder: the result is that of an uninterrupted run.
+    """
+    from restormer3d.image_training import pretrain_image
+
+    try:
+        set_threads(threads)
+        with progress_bars() as progress:
+            path = pretrain_image(
+                output, iterations, seed=seed, resume=resume, save_every=save_every, progress=progress
+            )
+        say(f"weights: {path}")
+    except ValueError as error:
+        return refuse(error)
+    except (OSError, RuntimeError) as error:
+        say(f"failed: {error}")
+        return 1
+    return 0
+
+
 def _print_scores(scores: dict[str, Any], indent: str = "") -> None:
     """Print nested scores, one a line."""
     out = Console(highlight=False, soft_wrap=True)

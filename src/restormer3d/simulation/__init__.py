@@ -6,6 +6,7 @@ from restormer3d.simulation.files import write_scene
 from restormer3d.simulation.generation import simulate_scene
 from restormer3d.simulation.parameters import SceneParameters, random_scene_parameters
 from restormer3d.simulation.scene import Scene
+from restormer3d.simulation.textures import random_texture
 
 __all__ = [
     "INDICATORS",
@@ -16,6 +17,7 @@ __all__ = [
     "add_noise",
     "noise_parameters",
     "random_scene_parameters",
+    "random_texture",
     "simulate_scene",
     "write_scene",
 ]

@@ -1,0 +1,64 @@
+"""The network for the static image: any shape, strips like the whole, weights that come back from disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from restormer3d import image_network
+from restormer3d.image_network import (
+    ImageNetwork,
+    denoise_image,
+    load_image_weights,
+    save_image_weights,
+    shipped_image_network,
+)
+
+WHITE = (0.0, 0.0)
+
+
+def noisy(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ramp = torch.linspace(0, 30, width, dtype=torch.float64).expand(height, width)
+    return ramp, ramp + torch.randn(height, width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 20), (5, 9), (37, 50)])
+def test_any_shape(shape):
+    _, image = noisy(*shape)
+    out = denoise_image(shipped_image_network(), image, WHITE)
+    assert out.shape == shape
+    assert out.dtype == torch.float64
+    assert out.isfinite().all()
+
+
+def test_noise_falls_and_an_offset_changes_nothing():
+    clean, image = noisy(64, 64)
+    out = denoise_image(shipped_image_network(), image, WHITE)
+    assert (out - clean).square().mean() < 0.2
+    torch.testing.assert_close(denoise_image(shipped_image_network(), image + 1e4, WHITE) - 1e4, out, atol=2e-3, rtol=0)
+
+
+def test_strips_give_what_the_whole_image_gives(monkeypatch):
+    _, image = noisy(203, 30)
+    whole = denoise_image(shipped_image_network(), image, (0.1, 0.2))
+    monkeypatch.setattr(image_network, "_STRIP_PIXELS", 1)
+    strips = denoise_image(shipped_image_network(), image, (0.1, 0.2))
+    torch.testing.assert_close(strips, whole, atol=1e-4, rtol=0)
+
+
+def test_correlated_noise_is_told_from_structure():
+    clean, _ = noisy(64, 64)
+    white = torch.randn(64, 65, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    image = clean + (white[:, 1:] + 0.3 * white[:, :-1]) / 1.09**0.5
+    told, not_told = (denoise_image(shipped_image_network(), image, known) for known in ((0, 0.3 / 1.09), WHITE))
+    assert (told - clean).square().mean() < 0.9 * (not_told - clean).square().mean()
+
+
+def test_weights_come_back_from_disk(tmp_path):
+    torch.manual_seed(0)
+    network = ImageNetwork((4, 6, 8))
+    save_image_weights(tmp_path / "image.safetensors", network, {"seed": 0})
+    _, image = noisy(12, 16)
+    restored = load_image_weights(tmp_path / "image.safetensors")
+    torch.testing.assert_close(denoise_image(restored, image, WHITE), denoise_image(network, image, WHITE))
