@@ -29,6 +29,7 @@ _OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0),
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _TIMED_SIDE = 64  # pixels of the windows that are timed on a CPU
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
+_STATIC_IMAGE = 50.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
 _COMPONENTS = 0.7  # time to take a stack apart into components, relative to the network's for as many voxels
 
 
@@ -146,6 +147,8 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     windows = float(inference.symmetries * count_windows(shape, inference))
     if inference.components:
         windows = 2 * windows + _COMPONENTS * math.prod(shape) / math.prod(window)
+    if inference.static_image:
+        windows += _STATIC_IMAGE * math.prod(shape[1:]) / math.prod(window)
     if inference.static_image and not is_held(shape):
         windows += SAMPLE_FRAMES / window[0] * count_windows((SAMPLE_FRAMES, *shape[1:]), inference)
     return windows * calibration.seconds_per_window
