@@ -127,9 +127,9 @@ def test_a_mixing_network_takes_windows_of_any_size(shape):
 @pytest.mark.parametrize("shape", [(2, 16, 13, 18), (1, 7, 8, 5), (1, 1, 3, 4)])
 def test_rows_that_are_looked_at_together_do_not_matter(monkeypatch, shape):
     torch.manual_seed(5)
-    model = Restormer3D(ModelConfig(**TINY, start="filters"))
+    model = Restormer3D(ModelConfig(**TINY, start="filters")).double()  # some gradients are small differences
     torch.nn.init.normal_(model.unet.output.weight, std=0.1)
-    x = torch.rand(shape[0], 1, *shape[1:])
+    x = torch.rand(shape[0], 1, *shape[1:]).double()
     background = background_of(x.mean(2, keepdim=True))
     results = []
     for voxels in (1, 2**30):  # two rows, all rows
@@ -139,7 +139,7 @@ def test_rows_that_are_looked_at_together_do_not_matter(monkeypatch, shape):
         denoised.square().mean().backward()
         results.append((denoised.detach(), *(weight.grad for weight in model.parameters())))
     for few, together in zip(*results, strict=True):
-        torch.testing.assert_close(few, together, rtol=1e-4, atol=1e-4 * float(together.abs().max()))
+        torch.testing.assert_close(few, together, rtol=1e-4, atol=1e-5 * float(together.abs().max()))
 
 
 def test_a_mixing_network_asks_for_the_background():

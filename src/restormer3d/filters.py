@@ -82,7 +82,7 @@ class FilterBank(NamedTuple):
         """What may be added frame by frame to pixels of some rows, (B, rows, W, N, T)."""
         smooth = {sigma: self._smooth(sigma, rows) for sigma in self.widths}
         relative = [
-            _by_pixel(self.light / _smooth(self.light, sigma))[:, rows] * smooth[sigma]
+            _by_pixel(self.light / smooth_plane(self.light, sigma))[:, rows] * smooth[sigma]
             for sigma in self.sigmas_relative
         ]
         return torch.cat([self.fluctuation[:, rows], *(smooth[sigma] for sigma in self.sigmas_xy), *relative], 3)
@@ -152,7 +152,7 @@ def filter_bank(
     middle = len(sigmas_t) // 2
     lively = (averages[:, :, :, middle] / kept_noise[middle]).square().mean(3)[:, None, None] / noise
     brightness = torch.log(light / deviation)
-    contrast = light / _smooth(light, 4.0) - 1
+    contrast = light / smooth_plane(light, 4.0) - 1
     count = -0.5 * torch.log(share)
     still_evidence = torch.cat([torch.asinh(details / detail_noise), contrast, brightness, count], 1)
     return FilterBank(
@@ -208,7 +208,7 @@ def own_noise(
 
     light = bank.light[:, 0]
     spatial = [averages * plane(sigma) for sigma in sigmas_xy]
-    relative = [averages * plane(sigma) * (light / _smooth(light, sigma)) for sigma in sigmas_relative]
+    relative = [averages * plane(sigma) * (light / smooth_plane(light, sigma)) for sigma in sigmas_relative]
     smooth = [torch.ones_like(light[0, 0]), *(plane(sigma) for sigma in _DETAIL_SIGMAS)]
     still = torch.stack([fine - coarse for fine, coarse in pairwise(smooth)]) * in_mean
     return torch.cat([(1 - in_mean).expand(b, 1, h, w), *spatial, *relative, still], 1)
@@ -230,8 +230,8 @@ def noise_variance(x: Tensor) -> Tensor:
     if x.shape[2] < 2:
         return torch.ones_like(x)
     squares = pixel_variance(x)
-    changes = _smooth((squares > 0).to(x.dtype), _NOISE_SIGMA)
-    return _smooth(squares, _NOISE_SIGMA) / changes.clamp(min=_EPS) + _EPS
+    changes = smooth_plane((squares > 0).to(x.dtype), _NOISE_SIGMA)
+    return smooth_plane(squares, _NOISE_SIGMA) / changes.clamp(min=_EPS) + _EPS
 
 
 def pixel_variance(x: Tensor) -> Tensor:
@@ -285,11 +285,11 @@ def shrunk_details(mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]
         The image with each detail multiplied by the share of its local energy that is not noise (a local Wiener
         filter); the details (B, scales, 1, H, W); the standard deviation of their noise, of the same shape.
     """
-    smooth = [mean, *(_smooth(mean, sigma) for sigma in _DETAIL_SIGMAS)]
+    smooth = [mean, *(smooth_plane(mean, sigma) for sigma in _DETAIL_SIGMAS)]
     details = torch.cat([fine - coarse for fine, coarse in pairwise(smooth)], 1)
     expected = noise * torch.tensor(_detail_noise(), device=mean.device, dtype=mean.dtype).view(1, -1, 1, 1, 1)
     energy = torch.cat(
-        [_smooth(details[:, k : k + 1].square(), 2 * sigma) for k, sigma in enumerate(_DETAIL_SIGMAS)], 1
+        [smooth_plane(details[:, k : k + 1].square(), 2 * sigma) for k, sigma in enumerate(_DETAIL_SIGMAS)], 1
     )
     reliable = ((energy - expected) / (energy + 1e-12)).clamp(min=0)
     image = smooth[-1] + (reliable * details).sum(1, keepdim=True)
@@ -310,7 +310,8 @@ def _kernel(length: int, sigma: float, like: Tensor) -> Tensor:
     return torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
 
 
-def _smooth(images: Tensor, sigma: float) -> Tensor:
+def smooth_plane(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian filter of images (..., H, W) in the plane, as :func:`gaussian_matrix` at the ends."""
     h, w = images.shape[-2:]
     return gaussian_matrix(h, sigma, images) @ images @ gaussian_matrix(w, sigma, images).T
 
@@ -340,5 +341,5 @@ def _detail_noise() -> tuple[float, ...]:
     size = 65
     impulse = torch.zeros(1, 1, 1, size, size, dtype=torch.float64)
     impulse[..., size // 2, size // 2] = 1
-    smooth = [impulse, *(_smooth(impulse, sigma) for sigma in _DETAIL_SIGMAS)]
+    smooth = [impulse, *(smooth_plane(impulse, sigma) for sigma in _DETAIL_SIGMAS)]
     return tuple(float((a - b).square().sum()) for a, b in pairwise(smooth))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restormer3d.filters import gaussian_matrix
+from restormer3d.filters import smooth_plane
 from restormer3d.image_network import denoise_image, shipped_image_network
 from restormer3d.noise import NoiseEstimate
 
@@ -69,7 +69,7 @@ def denoise_mean(
     lag_one = (min(max([*lags[1:2], 0.0]), _MOST_CORRELATION) for lags in correlation[1:])
     guide = denoise_image(shipped_image_network(), image, (next(lag_one), next(lag_one)))
     by_patches = _from_patches(image, guide, correlation)
-    share = 0.5 * (2 - _smoothed((image - guide).square())).clamp(0, 1)  # 1 is the noise's variance
+    share = 0.5 * (2 - smooth_plane((image - guide).square(), _NEAR)).clamp(0, 1)  # 1 is the noise's variance
     return restored(((by_patches + share * (guide - by_patches)) * variance**0.5).numpy(), noise).astype(np.float32)
 
 
@@ -85,11 +85,6 @@ def _from_patches(image: Tensor, guide: Tensor, correlation: tuple[tuple[float, 
             total[top : top + rows, left : left + columns] += estimate.view(rows, columns)
             weight[top : top + rows, left : left + columns] += 1
     return total / weight
-
-
-def _smoothed(image: Tensor) -> Tensor:
-    down, across = (gaussian_matrix(length, _NEAR, image) for length in image.shape)
-    return down @ image @ across.T
 
 
 def _estimated(patches: Tensor, alike: Tensor, top: int, lefts: list[int], of_noise: Tensor) -> Tensor:
