@@ -167,7 +167,7 @@ class ChannelsLast(nn.Module):
 def training_step(model: nn.Module, x: Tensor, *, recorded: bool = False) -> Callable[[], object]:
     """Return a full step: forward, L1 loss, backward, AdamW; on CUDA as a graph if `recorded`, as `fit` does it."""
     recorded = recorded and x.is_cuda
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, capturable=recorded)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, capturable=recorded, fused=recorded or None)
     target = torch.zeros_like(x)
 
     def step(_: Any, x: Tensor) -> Tensor:

@@ -183,10 +183,11 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; on CUDA in the form that a graph can record, with its learning rate on the device."""
-    graphed = device.type == "cuda"
-    rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, capturable=graphed)
+    """AdamW; on CUDA in one launch and in the form that a graph can record, with its learning rate on the device."""
+    if device.type != "cuda":
+        return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    rate = torch.tensor(config.learning_rate, device=device)
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, capturable=True, fused=True)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, iteration: int) -> float:
@@ -337,7 +338,9 @@ def _resume(
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     for kept, now in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-        kept |= {"capturable": now["capturable"], "lr": now["lr"]}  # they depend on the device, not on the training
+        kept |= {
+            key: now[key] for key in ("capturable", "fused", "lr")
+        }  # they depend on the device, not on the training
     optimizer.load_state_dict(state["optimizer"])
     if best is not None:
         best.load_state_dict(state["best"])

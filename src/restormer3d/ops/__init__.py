@@ -1,7 +1,7 @@
 """The slow operators of Restormer3D behind one signature each, computed by the engine that fits the device.
 
-``reference`` is plain PyTorch and runs anywhere; ``cpu`` is Numba and matrix products; ``cuda`` is Triton and matrix
-products, for NVIDIA GPUs of compute capability 8.0 and newer. The environment variable ``RESTORMER3D_ENGINE`` or
+``reference`` is plain PyTorch and runs anywhere; ``cpu`` is Numba and matrix products; ``cuda`` is Triton,
+for NVIDIA GPUs of compute capability 8.0 and newer. The environment variable ``RESTORMER3D_ENGINE`` or
 :func:`use_engine` forces one; otherwise the device of the tensors decides.
 """
 
@@ -22,6 +22,8 @@ from restormer3d.ops import reference
 
 ENGINES = ("reference", "cpu", "cuda")
 """The names of the engines that can be forced."""
+
+_OLDEST_TRITON = (3, 3)  # 3.2, that of PyTorch 2.6, does not compile tuples of tensors
 
 _forced: ContextVar[str | None] = ContextVar("restormer3d_engine", default=None)
 
@@ -55,8 +57,8 @@ def _fastest(device: torch.device) -> str:
 def why_not_cuda(device: torch.device | str) -> str | None:
     """Say in one line why engine "cuda" cannot compute on ``device``; None if it can."""
     device = torch.device(device)
-    if not _triton_is_installed():
-        return "Triton is not installed"
+    if obstacle := _why_not_triton():
+        return obstacle
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None  # Triton's interpreter: slow, for tests
     if device.type != "cuda":
@@ -70,8 +72,14 @@ def why_not_cuda(device: torch.device | str) -> str | None:
 
 
 @cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
+def _why_not_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from triton import __version__
+
+    if tuple(int(part) for part in __version__.split(".")[:2]) < _OLDEST_TRITON:
+        return f"Triton {__version__} is older than the 3.3 that the kernels need (PyTorch 2.7 comes with it)"
+    return None
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""The CUDA engine: Triton kernels for what memory bounds, matrix products (cuBLAS) for the rest.
+"""The CUDA engine: Triton kernels for convolutions, matrix products and attention.
 
-LayerNorm's weight is folded into the matrix after it, attention works on the Gram matrix of queries and keys and
-is applied to the values together with the projection. The backward passes keep the input and compute everything
-between again. Other types than float32, autocast and second derivatives go to the reference.
+LayerNorm is folded into the matrix after it and its product, attention works on the Gram matrix of queries and keys
+and is applied to the values together with the projection. The backward passes keep the input and what the first
+1x1x1 convolution made of it, and compute the rest again. Other types than float32, autocast and second derivatives go
+to the reference.
 Triton's interpreter runs the same kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are tested.
 """
 
@@ -11,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.ops import reference
-from restormer3d.ops.attention import attention_gradients, attention_matrices, mix_heads
 from restormer3d.ops.cuda import launch
-from restormer3d.ops.cuda.launch import apply_matrix, outer_products
+from restormer3d.ops.cuda.launch import outer_products, product
 from restormer3d.ops.reference import second_order
 
 
@@ -30,7 +31,8 @@ def mdta(
 ) -> Tensor:
     """See :func:`restormer3d.ops.reference.mdta`."""
     inputs = (x, norm_weight, qkv_weight, dwconv_weight, temperature, project_out_weight)
-    return _Mdta.apply(x.contiguous(), *inputs[1:]) if _fits(*inputs) else reference.mdta(*inputs)
+    fits = _fits(*inputs) and x.shape[1] <= launch.MOST_HEAD_CHANNELS * temperature.numel()
+    return _Mdta.apply(x.contiguous(), *inputs[1:]) if fits else reference.mdta(*inputs)
 
 
 def gdfn(
@@ -51,8 +53,8 @@ def pointwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv3d(x: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`restormer3d.ops.reference.conv3d`; two layers of the network, left to cuDNN."""
-    return reference.conv3d(x, weight)
+    """See :func:`restormer3d.ops.reference.conv3d`."""
+    return _Conv3d.apply(x.contiguous(), weight) if _fits(x, weight) else reference.conv3d(x, weight)
 
 
 def depthwise_conv3d(x: Tensor, weight: Tensor) -> Tensor:
@@ -67,18 +69,19 @@ def _fits(*tensors: Tensor) -> bool:
 
 
 def _hidden(x: Tensor, norm_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x (B, C, T, H, W) normalized but for the weight (B, C, THW), and its 1x1x1 convolution (B, R, T, H, W)."""
-    normalized = launch.normalize(x.flatten(2))
-    return normalized, apply_matrix(weight.flatten(1) * norm_weight, normalized).unflatten(2, x.shape[2:])
+    """Return 1 / the standard deviation of x (B, C, T, H, W), and the 1x1x1 convolution of its LayerNorm."""
+    scale = launch.inverse_deviation(x.flatten(2))
+    hidden = product(weight.flatten(1), x.flatten(2), column_scale=norm_weight, voxel_scale=scale)
+    return scale, hidden.unflatten(2, x.shape[2:])
 
 
 def _hidden_backward(
-    x: Tensor, grad: Tensor, normalized: Tensor, hidden_grad: Tensor, norm_weight: Tensor, weight: Tensor
+    x: Tensor, grad: Tensor, scale: Tensor, hidden_grad: Tensor, norm_weight: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x (the residual's included), of LayerNorm's weight and of the 1x1x1 weight."""
     matrix = weight.flatten(1)
-    folded = outer_products(hidden_grad.flatten(2), normalized).sum(0)
-    normalized_grad = apply_matrix((matrix * norm_weight).mT, hidden_grad.flatten(2))
+    folded = outer_products(hidden_grad.flatten(2), x.flatten(2), voxel_scale=scale).sum(0)
+    normalized_grad = product((matrix * norm_weight).mT, hidden_grad.flatten(2))
     x_grad = launch.normalize_backward(x.flatten(2), normalized_grad, grad.flatten(2)).view_as(x)
     return x_grad, (folded * matrix).sum(0), (folded * norm_weight).view_as(weight)
 
@@ -86,86 +89,74 @@ def _hidden_backward(
 class _Gdfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
         x, norm_weight, project_in, dwconv, project_out = inputs
-        gated = launch.gated_depthwise(_hidden(x, norm_weight, project_in)[1], dwconv)
-        return _project(x, project_out.flatten(1), gated)
+        scale, hidden = _hidden(x, norm_weight, project_in)
+        ctx.save_for_backward(*inputs, scale, hidden)
+        gated = launch.gated_depthwise(hidden, dwconv).flatten(2)
+        return product(project_out.flatten(1), gated, residual=x.flatten(2)).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, scale, hidden = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return second_order(reference.gdfn, ctx.saved_tensors, grad_outputs[0])
-        x, norm_weight, project_in, dwconv, project_out = ctx.saved_tensors
+            return second_order(reference.gdfn, tuple(inputs), grad_outputs[0])
+        x, norm_weight, project_in, dwconv, project_out = inputs
         grad = grad_outputs[0].contiguous()
-        normalized, hidden = _hidden(x, norm_weight, project_in)
-        gated_grad = apply_matrix(project_out.flatten(1).mT, grad.flatten(2)).unflatten(2, x.shape[2:])
+        gated_grad = product(project_out.flatten(1).mT, grad.flatten(2)).unflatten(2, x.shape[2:])
         gated, gate_grad = launch.gated_depthwise_backward(hidden, dwconv, gated_grad)
         out_grad = outer_products(grad.flatten(2), gated.flatten(2)).sum(0).view_as(project_out)
         del gated, gated_grad
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, gate_grad, dwconv)
         del hidden, gate_grad
-        return *_hidden_backward(x, grad, normalized, hidden_grad, norm_weight, project_in), tap_grad, out_grad
+        return *_hidden_backward(x, grad, scale, hidden_grad, norm_weight, project_in), tap_grad, out_grad
 
 
 class _Mdta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         x, norm_weight, qkv, dwconv, temperature, project_out = inputs
-        mixture, squares = launch.depthwise(_hidden(x, norm_weight, qkv)[1], dwconv, with_squares=True)
+        scale, hidden = _hidden(x, norm_weight, qkv)
+        mixture, squares = launch.depthwise(hidden, dwconv, with_squares=True)
         q, k, v = mixture.flatten(2).chunk(3, dim=1)
-        products = _head_products(q, k, temperature.numel())
-        lengths = squares.double().sum(2).unflatten(1, (3, temperature.numel(), -1))[:, :2]
-        attention = attention_matrices(products, lengths, temperature)[1]
-        ctx.save_for_backward(*inputs, products, lengths)
-        return _project(x, mix_heads(project_out.flatten(1).double(), attention).float(), v)
+        products = outer_products(q, k, heads=temperature.numel())
+        attention, mixed = launch.attention_matrix(products, squares, temperature, project_out.flatten(1))
+        ctx.save_for_backward(*inputs, scale, hidden, products, squares, attention, mixed)
+        return product(mixed, v, residual=x.flatten(2)).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, products, lengths = ctx.saved_tensors
+        *inputs, scale, hidden, products, squares, attention, mixed = ctx.saved_tensors
         if torch.is_grad_enabled():
             return second_order(reference.mdta, tuple(inputs), grad_outputs[0])
         x, norm_weight, qkv, dwconv, temperature, project_out = inputs
-        grad = grad_outputs[0].contiguous()
-        normalized, hidden = _hidden(x, norm_weight, qkv)
+        grad, heads, channels = grad_outputs[0].contiguous(), temperature.numel(), x.shape[1]
         mixture = launch.depthwise(hidden, dwconv)[0].flatten(2)
-        values = mixture[:, 2 * x.shape[1] :]
-        outer = outer_products(grad.flatten(2), values)
-        small = attention_gradients(outer, products, lengths, temperature, project_out.flatten(1))
-        mixture_grad = _mixture_gradient(mixture, grad.flatten(2), small.query_key_matrix(), small.mixed)
-        del mixture, values
+        outer = outer_products(grad.flatten(2), mixture[:, 2 * channels :])
+        query_key, temperature_grad, out_grad = launch.attention_backward(
+            outer, products, squares, attention, temperature, project_out.flatten(1)
+        )
+        mixture_grad = torch.empty_like(mixture)
+        product(query_key, mixture[:, : 2 * channels], out=mixture_grad[:, : 2 * channels], heads=heads)
+        product(mixed.mT, grad.flatten(2), out=mixture_grad[:, 2 * channels :])
+        del mixture
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, mixture_grad.view_as(hidden), dwconv)
         del hidden, mixture_grad
-        x_grad, norm_grad, qkv_grad = _hidden_backward(x, grad, normalized, hidden_grad, norm_weight, qkv)
-        temperature_grad = small.temperature.float().view_as(temperature)
-        return x_grad, norm_grad, qkv_grad, tap_grad, temperature_grad, small.project_out.float().view_as(project_out)
-
-
-def _project(x: Tensor, matrix: Tensor, inner: Tensor) -> Tensor:
-    """Return ``x + matrix @ inner``."""
-    matrix = matrix.expand(x.shape[0], -1, -1)
-    return torch.baddbmm(x.flatten(2), matrix, inner.flatten(2)).view_as(x)
-
-
-def _head_products(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """Return ``q @ k.T`` of every head in float64: (B, C, N) to (B, heads, c, c)."""
-    products = outer_products(q, k).double().unflatten(2, (heads, -1)).unflatten(1, (heads, -1))
-    return products.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-
-
-def _mixture_gradient(mixture: Tensor, grad: Tensor, query_key: Tensor, mixed: Tensor) -> Tensor:
-    """Return the gradient of queries, keys and values (B, 3C, N)."""
-    channels = grad.shape[1]
-    out = torch.empty_like(mixture)
-    torch.bmm(query_key.float(), mixture[:, : 2 * channels], out=out[:, : 2 * channels])
-    torch.bmm(mixed.float().mT, grad, out=out[:, 2 * channels :])
-    return out
+        x_grad, norm_grad, qkv_grad = _hidden_backward(x, grad, scale, hidden_grad, norm_weight, qkv)
+        return (
+            x_grad,
+            norm_grad,
+            qkv_grad,
+            tap_grad,
+            temperature_grad.view_as(temperature),
+            out_grad.view_as(project_out),
+        )
 
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return apply_matrix(weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
+        return product(weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,9 +164,58 @@ class _Pointwise(torch.autograd.Function):
         if torch.is_grad_enabled():
             return second_order(reference.pointwise, (x, weight), grad_outputs[0])
         grad = grad_outputs[0].flatten(2).contiguous()
-        x_grad = apply_matrix(weight.flatten(1).mT, grad).view_as(x) if ctx.needs_input_grad[0] else None
+        x_grad = product(weight.flatten(1).mT, grad).view_as(x) if ctx.needs_input_grad[0] else None
         wanted = ctx.needs_input_grad[1]
         return x_grad, outer_products(grad, x.flatten(2)).sum(0).view_as(weight) if wanted else None
+
+
+class _Conv3d(torch.autograd.Function):
+    """A dense convolution as one product over channels, shifted where there are fewer of them: before it or after."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.shape[1] <= len(weight):
+            return product(weight.flatten(1), _shifts(x)).unflatten(2, x.shape[2:])
+        return _sum_shifts(product(_by_tap(weight), x.flatten(2)), x.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return second_order(reference.conv3d, (x, weight), grad_outputs[0])
+        grad, x_grad = grad_outputs[0].contiguous(), None
+        if x.shape[1] <= len(weight):
+            if ctx.needs_input_grad[0]:
+                # The adjoint of shifting is shifting the other way.
+                shares = product(weight.flatten(1).mT, grad.flatten(2))
+                x_grad = _sum_shifts(shares.unflatten(1, (-1, 27)).flip(2).flatten(1, 2), x.shape[2:])
+            return x_grad, outer_products(grad.flatten(2), _shifts(x)).sum(0).view_as(weight)
+        shifted = _shifts(grad).unflatten(1, (-1, 27)).flip(2).flatten(1, 2)
+        if ctx.needs_input_grad[0]:
+            x_grad = product(_by_tap(weight).mT, shifted).view_as(x)
+        taps = outer_products(shifted, x.flatten(2)).sum(0).unflatten(0, (-1, 27))
+        return x_grad, taps.mT.reshape(weight.shape)
+
+
+def _shifts(x: Tensor) -> Tensor:
+    """Return the 27 voxels around each one, zero outside: (B, C, T, H, W) to (B, C * 27, THW)."""
+    around = F.pad(x, (1,) * 6).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)  # (B, C, T, H, W, 3, 3, 3)
+    return around.permute(0, 1, 5, 6, 7, 2, 3, 4).reshape(x.shape[0], 27 * x.shape[1], -1)
+
+
+def _sum_shifts(x: Tensor, size: torch.Size) -> Tensor:
+    """Add up what each of the 27 voxels around one holds for it: (B, C * 27, THW) to (B, C, T, H, W)."""
+    padded = F.pad(x.unflatten(2, size), (1,) * 6)
+    sample, channel, *along = padded.stride()
+    steps = [27 * channel, *(many * channel + step for many, step in zip((9, 3, 1), along, strict=True))]
+    view = padded.as_strided((x.shape[0], x.shape[1] // 27, 3, 3, 3, *size), (sample, *steps, *along))
+    return view.sum((2, 3, 4))
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """Reorder (C_out, C_in, 3, 3, 3) to (C_out * 27, C_in)."""
+    return weight.flatten(2).mT.reshape(-1, weight.shape[1])
 
 
 class _Depthwise(torch.autograd.Function):

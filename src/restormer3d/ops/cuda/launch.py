@@ -13,17 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from restormer3d.ops.cuda import kernels
+from restormer3d.ops.cuda import convolution, products
 from restormer3d.ops.reference import NORM_EPS
 
 _THREADS = 128
 _RUN = 16  # frames that one program convolves: a long run loads few frames twice, a short one keeps all processors busy
-_BACKWARD_RUN = 32  # longer, because each program ends by adding up 27 sums
 _REGISTERS = (
     128  # a thread; the compiler would take more for the convolutions, and fewer threads would share a processor
 )
-_TILE = 4096  # values of a normalization tile, 32 in each of 128 threads
-_CHUNK = 1024  # voxels of one partial matrix product
+_TILE = 4096  # values of a tile of LayerNorm, 32 in each of 128 threads
+_CHUNK = 1024  # voxels of one partial sum of products
+_ONE_STEP = 64  # channels that a program of a product holds of its voxels
+_LENGTH_EPS = 1e-12  # of torch.nn.functional.normalize
+
+MOST_HEAD_CHANNELS = 64
+"""Of a head whose attention a program can hold."""
 
 
 def power_of_two(n: int) -> int:
@@ -34,46 +38,46 @@ def power_of_two(n: int) -> int:
 @dataclass(frozen=True)
 class _Tiling:
     rows: int
-    threads: int
+    lanes: int
     parts: int
     run: int
 
     @classmethod
-    def of(cls, shape: torch.Size, run: int, most_rows: int) -> _Tiling:
-        """Tile frames (…, T, H, W): whole warps, no wider than the frame needs."""
-        frames, voxels = shape[-3], shape[-2] * shape[-1]
-        threads = min(_THREADS, max(32, power_of_two(voxels)))
-        rows = min(most_rows, power_of_two(-(-voxels // threads)))
-        parts = -(-voxels // (rows * threads)) * -(-frames // run)
-        return cls(rows, threads, parts, run)
+    def of(cls, shape: torch.Size, most_rows: int) -> _Tiling:
+        """Tile frames (…, T, H, W): whole warps, no more than the frame needs."""
+        frames, height, width = shape[-3:]
+        rows = min(most_rows, power_of_two(height))
+        columns = -(-height // rows) * width
+        lanes = min(_THREADS, max(32, power_of_two(columns)))
+        return cls(rows, lanes, -(-columns // lanes) * -(-frames // _RUN), _RUN)
 
     @property
     def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "THREADS": self.threads, "num_warps": self.threads // 32, "maxnreg": _REGISTERS}
+        return {"ROWS": self.rows, "LANES": self.lanes, "num_warps": self.lanes // 32, "maxnreg": _REGISTERS}
 
 
 def depthwise(x: Tensor, taps: Tensor, *, with_squares: bool = False) -> tuple[Tensor, Tensor]:
-    """Convolve (B, C, T, H, W) with taps (C, 1, 3, 3, 3); also return the sums of squares, partial, (B, C, parts)."""
-    tiling = _Tiling.of(x.shape, _RUN, 4)
+    """Convolve (B, C, T, H, W) with taps (C, 1, 3, 3, 3); also return the sums of squares, (B, C)."""
+    tiling = _Tiling.of(x.shape, 4)
     planes = x.shape[0] * x.shape[1]
     out = torch.empty_like(x)
     squares = x.new_empty((*x.shape[:2], tiling.parts if with_squares else 0))
     with torch.cuda.device_of(x):
-        kernels.depthwise[(planes * tiling.parts,)](
+        convolution.depthwise[(planes * tiling.parts,)](
             x, taps.contiguous(), out, squares, *x.shape[1:], tiling.parts, tiling.run,
             SQUARES=with_squares, **tiling.options,
         )  # fmt: skip
-    return out, squares
+    return out, squares.sum(2)
 
 
 def depthwise_backward(x: Tensor, grad: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the taps."""
-    tiling = _Tiling.of(x.shape, _BACKWARD_RUN, 4)
+    tiling = _Tiling.of(x.shape, 4)
     planes = x.shape[0] * x.shape[1]
     x_grad = torch.empty_like(x)
     sums = x.new_empty((*x.shape[:2], tiling.parts, 27))
     with torch.cuda.device_of(x):
-        kernels.depthwise_backward[(planes * tiling.parts,)](
+        convolution.depthwise_backward[(planes * tiling.parts,)](
             x, grad, taps.contiguous(), x_grad, sums, *x.shape[1:], tiling.parts, tiling.run, **tiling.options
         )
     return x_grad, sums.sum((0, 2)).view_as(taps)
@@ -94,22 +98,22 @@ def gated_depthwise_backward(x: Tensor, taps: Tensor, out_grad: Tensor) -> tuple
 
 
 def _gate(x: Tensor, taps: Tensor, gated: Tensor, out_grad: Tensor | None, gate_grad: Tensor | None) -> None:
-    tiling = _Tiling.of(x.shape, _RUN, 2)
+    tiling = _Tiling.of(x.shape, 2)
     hidden = gated.shape[1]
     backward = out_grad is not None and gate_grad is not None
     with torch.cuda.device_of(x):
-        kernels.gated_depthwise[(gated.shape[0] * hidden * tiling.parts,)](
+        convolution.gated_depthwise[(gated.shape[0] * hidden * tiling.parts,)](
             x, taps.contiguous(), gated, out_grad if backward else gated, gate_grad if backward else gated,
             hidden, *x.shape[2:], tiling.parts, tiling.run, GRADIENT=backward, **tiling.options,
         )  # fmt: skip
 
 
-def normalize(x: Tensor) -> Tensor:
-    """Divide (B, C, N) by its standard deviation over channels."""
-    out = torch.empty_like(x)
+def inverse_deviation(x: Tensor) -> Tensor:
+    """Return 1 / the standard deviation over channels, (B, C, N) to (B, N)."""
+    out = x.new_empty((x.shape[0], x.shape[2]))
     grid, options = _columns(x.shape)
     with torch.cuda.device_of(x):
-        kernels.normalize[grid](x, out, *x.shape[1:], EPS=NORM_EPS, **options)
+        products.inverse_deviation[grid](x, out, *x.shape[1:], EPS=NORM_EPS, **options)
     return out
 
 
@@ -118,7 +122,7 @@ def normalize_backward(x: Tensor, grad: Tensor, residual: Tensor) -> Tensor:
     out = torch.empty_like(x)
     grid, options = _columns(x.shape)
     with torch.cuda.device_of(x):
-        kernels.normalize_backward[grid](x, grad, residual, out, *x.shape[1:], EPS=NORM_EPS, **options)
+        products.normalize_backward[grid](x, grad, residual, out, *x.shape[1:], EPS=NORM_EPS, **options)
     return out
 
 
@@ -128,24 +132,118 @@ def _columns(shape: torch.Size) -> tuple[tuple[int, int], dict[str, int]]:
     return (-(-shape[2] // voxels), shape[0]), {"CHANNELS": channels, "VOXELS": voxels}
 
 
-def apply_matrix(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return ``matrix @ x``: (R, C) or (B, R, C), and (B, C, N), to (B, R, N)."""
-    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+def product(
+    matrix: Tensor,
+    x: Tensor,
+    *,
+    column_scale: Tensor | None = None,
+    voxel_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    heads: int = 1,
+) -> Tensor:
+    """Return ``(matrix * column_scale) @ x * voxel_scale + residual``.
 
-
-def outer_products(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b.mT`` of every sample: (B, R, N) and (B, C, N) to (B, R, C).
-
-    A product with few rows and columns and a very long sum would keep one multiprocessor busy and the others idle:
-    the sum is cut into pieces that run side by side and are then added up.
+    Parameters
+    ----------
+    matrix
+        (R, C), or (B * heads, R, C) for every sample and head.
+    x
+        (B, C, N), its samples with gaps between them if need be. With heads, queries and keys (B, 2C, N): the rows of
+        a head are its queries and its keys.
+    column_scale, voxel_scale
+        (C,) and (B, N).
+    residual, out
+        (B, R, N); `residual` laid out like the result.
+    heads
+        That have a matrix of their own.
     """
-    whole = a.shape[2] - a.shape[2] % _CHUNK
-    out = torch.bmm(a[..., whole:], b[..., whole:].mT)
-    if whole:
-        pieces = [_in_pieces(i[:, :whole]) @ _in_pieces(j[:, :whole]).mT for i, j in zip(a, b, strict=True)]
-        out += torch.stack([piece.sum(0) for piece in pieces])
+    batch, channels, size = x.shape
+    rows, inner = matrix.shape[-2:]
+    out = x.new_empty((batch, channels if heads > 1 else rows, size)) if out is None else out
+    one_step = inner <= _ONE_STEP
+    tile, voxels = min(32 if one_step else 64, max(16, power_of_two(rows))), 128 if inner <= 32 else 64
+    grid = (-(-size // voxels), 1 if one_step else -(-rows // tile), batch * heads)
+    half = inner // 2 if heads > 1 else inner + rows
+    with torch.cuda.device_of(x):
+        products.product[grid](
+            matrix, matrix if column_scale is None else column_scale, x, x if voxel_scale is None else voxel_scale,
+            out if residual is None else residual, out, rows, inner, size, heads, half, channels // 2 - half,
+            matrix.stride(0) if matrix.dim() == 3 else 0, *matrix.stride()[-2:], x.stride(0), out.stride(0), half,
+            COLUMN_SCALE=column_scale is not None, VOXEL_SCALE=voxel_scale is not None,
+            RESIDUAL=residual is not None, PRECISION=_precision(), ROWS=tile,
+            INNER=max(16, power_of_two(inner)) if one_step else 32, VOXELS=voxels, ONE_STEP=one_step,
+        )  # fmt: skip
     return out
 
 
-def _in_pieces(matrix: Tensor) -> Tensor:
-    return matrix.unflatten(1, (-1, _CHUNK)).movedim(1, 0)
+def outer_products(a: Tensor, b: Tensor, *, voxel_scale: Tensor | None = None, heads: int = 1) -> Tensor:
+    """Return ``a @ (b * voxel_scale).mT`` of every sample and head: (B, R, N) and (B, C, N) to (B * heads, R, C).
+
+    With heads, R and C are those of a head. The sum is cut into chunks that run side by side and are then added up.
+    """
+    batch, _, size = a.shape
+    rows, columns = a.shape[1] // heads, b.shape[1] // heads
+    chunk = min(_CHUNK, max(64, power_of_two(size // 16)))
+    chunks = -(-size // chunk)
+    sums = a.new_empty((batch * heads, chunks, rows, columns))
+    across = min(64, max(16, power_of_two(columns)))
+    tile = min(128 if across <= 32 else 64, max(16, power_of_two(rows))), across
+    grid = (chunks, -(-rows // tile[0]) * -(-columns // tile[1]), batch * heads)
+    with torch.cuda.device_of(a):
+        products.outer[grid](
+            a, b, a if voxel_scale is None else voxel_scale, sums, rows, columns, size, heads, chunk,
+            a.stride(0), b.stride(0), VOXEL_SCALE=voxel_scale is not None, PRECISION=_precision(),
+            ROWS=tile[0], COLUMNS=tile[1], VOXELS=32,
+        )  # fmt: skip
+    return sums.sum(1)
+
+
+def _precision() -> str:
+    """How factors are rounded: as the user chose, or to three TF32 terms that together are as exact as float32."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def attention_matrix(gram: Tensor, squares: Tensor, temperature: Tensor, project_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention (B * heads, c, c), and the output projection times it (B, C, C).
+
+    From `gram`, ``queries @ keys.T`` (B * heads, c, c), and squared lengths of queries, keys and values (B, 3C).
+    """
+    heads, size = temperature.numel(), gram.shape[-1]
+    attention = torch.empty_like(gram)
+    mixed = gram.new_empty((len(squares), *project_out.shape))
+    with torch.cuda.device_of(gram):
+        products.attention_matrix[(len(gram),)](
+            gram, squares, temperature, project_out.contiguous(), attention, mixed, size, heads,
+            EPS=_LENGTH_EPS, **_head_options(size),
+        )  # fmt: skip
+    return attention, mixed
+
+
+def _head_options(size: int) -> dict[str, int]:
+    return {"COUNT": max(16, power_of_two(size)), "num_warps": 4 if size <= 32 else 16}
+
+
+def attention_backward(
+    outer: Tensor,
+    gram: Tensor,
+    squares: Tensor,
+    attention: Tensor,
+    temperature: Tensor,
+    project_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go back from ``outer``, the gradient of the output times ``values.T`` (B, C, C).
+
+    Returns the matrices (B * heads, 2c, 2c) that turn queries and keys into the gradients of both, and the gradients
+    of temperature (heads,) and projection (C, C).
+    """
+    heads, size, batch = temperature.numel(), gram.shape[-1], len(outer)
+    query_key = outer.new_empty((batch * heads, 2 * size, 2 * size))
+    temperature_grad, project_grad = outer.new_empty((batch, heads)), torch.empty_like(outer)
+    with torch.cuda.device_of(outer):
+        products.attention_backward[(batch * heads,)](
+            outer, gram, squares, attention, temperature, project_out.contiguous(),
+            query_key, temperature_grad, project_grad, size, heads,
+            EPS=_LENGTH_EPS, **_head_options(size),
+        )  # fmt: skip
+    return query_key, temperature_grad.sum(0), project_grad.sum(0)
