@@ -75,8 +75,11 @@ def tag(path: Path, code: int | str, page: int = 0) -> object:
 
 def series(path: Path) -> tuple[str, tuple[int, ...], np.dtype, str]:
     with tifffile.TiffFile(path) as tif:
-        first = tif.series[0]
-        return first.get_axes(squeeze=False), first.get_shape(squeeze=False), first.dtype, tif.byteorder
+        found = tif.series
+        if callable(found):  # from tifffile 2026.5.2 on
+            first = found(squeeze=False)[0]
+            return first.axes, first.shape, first.dtype, tif.byteorder
+        return found[0].get_axes(squeeze=False), found[0].get_shape(squeeze=False), found[0].dtype, tif.byteorder
 
 
 # --- reading and writing back ---
@@ -539,6 +542,14 @@ def test_truncated_files_are_refused(tmp_path, form, part):
     os.truncate(path, int(path.stat().st_size * part))
     with pytest.raises(StackError, match="truncated or damaged"), open_stack(path) as stack:
         check_stack(stack)
+
+
+def test_a_version_of_tifffile_that_lacks_something_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "recording.tif"
+    tifffile.imwrite(path, np.ones((3, 8, 8), np.int16), photometric="minisblack")
+    monkeypatch.delattr(tifffile.TiffPage, "is_reduced")
+    with pytest.raises(RuntimeError, match=r"recording.tif.*tifffile .* has no attribute 'is_reduced'.*constraints"):
+        open_stack(path)
 
 
 @settings(max_examples=80, deadline=None)

@@ -150,12 +150,32 @@ def _find_frames(tif: tifffile.TiffFile, path: Path, mixed: bool) -> _Frames:
     """Choose the pages that make the stack: those of one series, or of many single images of one kind."""
     if mixed:  # tifffile would take the pages to be alike from the first and last ones
         tif.is_uniform = False
-    found = tif.series
+    found = _all_series(tif)
     series = [s for s in found if not s.keyframe.is_reduced] or found  # without thumbnails
-    if not series or any(0 in s.get_shape(squeeze=False) for s in series):
+    if not series or any(0 in _axes_and_sizes(s)[1] for s in series):
         raise StackError(f"{path}: the file is empty: it holds no voxels.")
     frames = _one_series(path, series[0]) if len(series) == 1 else _joined_series(path, series)
     return _with_header(tif, path, frames)
+
+
+def _all_series(tif: Any) -> list[tifffile.TiffPageSeries]:
+    """Return the series of a file; from tifffile 2026.5.2 on, the axes of size one have to be asked for."""
+    series: Any = tif.series(squeeze=False) if callable(tif.series) else tif.series
+    return list(series)
+
+
+def forget_series(tif: tifffile.TiffFile) -> None:
+    """Let go of the series of a file: they hold an object per page, which a long recording has no use for."""
+    held = vars(tif)
+    held.pop("series", None)
+    held.get("_series", {}).clear()  # from tifffile 2026.5.2 on
+
+
+def _axes_and_sizes(series: Any) -> tuple[str, tuple[int, ...]]:
+    """Return the axes of a series as the file names them, those of size one among them."""
+    if hasattr(series, "get_axes"):  # before tifffile 2026.5.2
+        return series.get_axes(squeeze=False), series.get_shape(squeeze=False)
+    return series.axes, series.shape
 
 
 def _one_series(path: Path, series: tifffile.TiffPageSeries) -> _Frames:
@@ -170,7 +190,7 @@ def _one_series(path: Path, series: tifffile.TiffPageSeries) -> _Frames:
     pages = [page for page in listed if page is not None]
     if len(pages) < len(listed):
         raise damaged(path, f"{len(listed) - len(pages)} of {len(listed)} pages are missing")
-    axes, sizes = series.get_axes(squeeze=False), series.get_shape(squeeze=False)
+    axes, sizes = _axes_and_sizes(series)
     frames = _Frames(pages, axes, sizes, series.kind, data_offset=data_offset)
     planar = axes == "SYX" and series.kind == "shaped" and series.dtype.itemsize > 1 and data_offset is not None
     if not planar:
@@ -183,7 +203,8 @@ def _joined_series(path: Path, series: list[tifffile.TiffPageSeries]) -> _Frames
     """Return the frames of a file that was written image by image or block by block, in file order."""
     first = series[0].keyframe
     for other in series:
-        plain = other.kind in ("shaped", "generic", "uniform") and other.get_axes(squeeze=True)[:-2] in ("", "I", "Q")
+        many = "".join(axis for axis, size in zip(*_axes_and_sizes(other), strict=True) if size > 1 or axis in "YX")
+        plain = other.kind in ("shaped", "generic", "uniform") and many[:-2] in ("", "I", "Q")
         if not plain or (other.keyframe.shape, other.dtype) != (first.shape, first.dtype):
             listed = "; ".join(f"{_sizes(s.axes, s.shape)} {s.dtype}" for s in series[:4])
             raise StackError(

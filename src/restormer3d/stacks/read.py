@@ -11,10 +11,12 @@ import mmap
 import operator
 import os
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from restormer3d.stacks.chain import StackError, damaged, page_chain
-from restormer3d.stacks.layout import TIFF_FAILURES, Layout, open_tiff, read_layout
+from restormer3d.stacks.layout import TIFF_FAILURES, Layout, forget_series, open_tiff, read_layout
 
 MAPPED_BYTES = 2**26  # mapped at once: pages of a mapped file count as memory of the process
 DECODED_BYTES = 2**28  # decoded frames kept, so that random patches of a compressed file don't decode it each time
@@ -243,7 +245,7 @@ def _open(path: Path) -> tuple[tifffile.TiffFile, Layout]:
             chain = page_chain(path)
             tif = open_tiff(path)
             layout = read_layout(tif, path, chain)
-            del tif.series  # it holds an object per page, which a long recording that is mapped has no use for
+            forget_series(tif)
             return tif, layout
     except BaseException:
         if tif is not None:
@@ -277,9 +279,21 @@ def _as_stack_errors(path: Path, part: str) -> Iterator[None]:
     except PermissionError as error:
         raise StackError(f"{path}: no permission to read the file. Ask its owner, or copy it first.") from error
     except TIFF_FAILURES as error:
+        if _is_unknown_to_tifffile(error):
+            raise RuntimeError(
+                f"{path}: can't be read with tifffile {version('tifffile')} ({error}). Install another version: "
+                "constraints.txt names one that was tested."
+            ) from error
         raise damaged(path, f"{part} can't be read ({type(error).__name__}: {error})") from error
     finally:
         log.removeFilter(mute)
+
+
+def _is_unknown_to_tifffile(error: Exception) -> bool:
+    """Say whether our own code asked tifffile for something that this version does not have: no fault of the file."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = frame.f_globals.get("__name__", "").startswith("restormer3d.")
+    return ours and isinstance(error, AttributeError) and type(error.obj).__module__.startswith("tifffile")
 
 
 def _span(key: Index, size: int) -> range:
