@@ -10,6 +10,7 @@ from restormer3d.image_network import (
     ImageNetwork,
     denoise_image,
     load_image_weights,
+    replacing,
     save_image_weights,
     shipped_image_network,
 )
@@ -62,3 +63,19 @@ def test_weights_come_back_from_disk(tmp_path):
     _, image = noisy(12, 16)
     restored = load_image_weights(tmp_path / "image.safetensors")
     torch.testing.assert_close(denoise_image(restored, image, WHITE), denoise_image(network, image, WHITE))
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "image.safetensors"
+    save_image_weights(path, ImageNetwork((4, 6, 8)), {})
+    written = path.read_bytes()
+
+    def fail():
+        with replacing(path) as part:
+            part.write_bytes(written[:100])
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_bytes() == written
+    assert list(tmp_path.iterdir()) == [path]

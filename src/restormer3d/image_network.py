@@ -7,6 +7,9 @@ one set of weights serves images of every brightness.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -47,32 +50,34 @@ class ImageNetwork(nn.Module):
             self.output.weight *= 0.05  # starts close to the image itself
 
     def forward(self, image: Tensor, correlation: Tensor) -> Tensor:
-        """Denoise images (B, 1, H, W) of mean about 0, in deviations of their noise; any H and W.
+        """Denoise images (B, 1, H, W) of mean about 0, in deviations of their noise; H and W multiples of four.
 
         `correlation` (B, 2) is that of the noise of neighbors along rows' axis (y) and columns' axis (x).
         """
-        height, width = image.shape[-2:]
         known = torch.cat([torch.ones_like(correlation[:, :1]), correlation], 1)[:, :, None, None]
-        x = torch.cat([image, known.expand(-1, -1, height, width)], 1)
-        x = _to_multiples_of_four(x).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([image, known.expand(-1, -1, *image.shape[-2:])], 1)
+        x = x.contiguous(memory_format=torch.channels_last)
         first = self.encoder_level1(x)
         second = self.encoder_level2(F.max_pool2d(first, 2))
         latent = self.latent(F.max_pool2d(second, 2))
         second = self.decoder_level2(torch.cat([self.up2(latent), second], 1))
         first = self.decoder_level1(torch.cat([self.up1(second), first], 1))
-        return image - self.output(first)[:, :, :height, :width]
+        return image - self.output(first)
 
 
 @torch.no_grad()
 def denoise_image(network: ImageNetwork, image: Tensor, correlation: tuple[float, float]) -> Tensor:
     """Denoise an image (H, W) whose noise has unit variance, averaged over flips; strip by strip if it is large.
 
-    `correlation` is that of the noise of neighbors along y and x.
+    `correlation` is that of the noise of neighbors along y and x. The network computes on its own device; the result
+    is where the image is.
     """
+    device = network.output.weight.device
     offset = image.mean()
-    centered = _to_multiples_of_four((image - offset).float()[None, None])
-    known = torch.tensor([correlation], dtype=torch.float32)
     height, width = image.shape
+    centered = (image - offset).float()[None, None].to(device)
+    centered = F.pad(centered, (0, -width % 4, 0, -height % 4), mode="replicate")
+    known = torch.tensor([correlation], dtype=torch.float32, device=device)
     step = max(_MARGIN, _STRIP_PIXELS // width) // 4 * 4  # so that every strip is pooled alike
     out = torch.empty_like(image)
     for top in range(0, height, step):
@@ -87,9 +92,21 @@ def denoise_image(network: ImageNetwork, image: Tensor, correlation: tuple[float
 
 def save_image_weights(path: Path, network: ImageNetwork, notes: dict[str, Any]) -> None:
     """Write weights with notes on their making to a safetensors file."""
-    tensors = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, path, metadata={"notes": json.dumps(notes)})
-    path.chmod(0o644)  # safetensors writes for the owner alone
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"notes": json.dumps(notes)})
+        part.chmod(0o644)  # safetensors writes for the owner alone
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to; what is written then takes the place of `path` in one step, unless writing fails."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_image_weights(path: Path) -> ImageNetwork:
@@ -112,10 +129,6 @@ def shipped_image_weights() -> Path:
 def shipped_image_network() -> ImageNetwork:
     """Return the network with the weights in the package, on the CPU."""
     return load_image_weights(shipped_image_weights())
-
-
-def _to_multiples_of_four(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4), mode="replicate")
 
 
 def _convolutions(inside: int, outside: int) -> nn.Sequential:

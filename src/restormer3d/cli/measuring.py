@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, ParamSpec
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from restormer3d.cli.terminal import Engines, Methods, Precisions, app, progress_bars, refuse, say, set_threads
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _answering(command: Callable[_Arguments, None]) -> Callable[_Arguments, int]:
+    """Let a command end with an exit status, and say what was wrong: 2 for bad arguments, 1 for other failures."""
+
+    @wraps(command)
+    def answer(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
+        try:
+            command(*args, **kwargs)
+        except ValueError as error:
+            return refuse(error)
+        except (OSError, RuntimeError) as error:
+            say(f"failed: {error}")
+            return 1
+        return 0
+
+    return answer
 
 
 @app.command
@@ -106,6 +127,7 @@ def evaluate(
 
 
 @app.command
+@_answering
 def simulate(
     *,
     output: Annotated[Path, Parameter(alias="-o")],
@@ -116,7 +138,7 @@ def simulate(
     read_noise: float | None = None,
     seed: int = 0,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
+) -> None:
     """Write simulated two-photon recordings with their truth: noisy and clean TIFF, ROI masks, traces.
 
     Parameters
@@ -143,27 +165,21 @@ def simulate(
 
     level_gain, level_variance = noise_parameters(noise_level)
     named = f"level{noise_level}" if gain is None and read_noise is None else ""
-    try:
-        simulate(
-            output,
-            scenes=scenes,
-            shape=shape,
-            gain=level_gain if gain is None else gain,
-            read_noise_variance=level_variance if read_noise is None else read_noise**2,
-            label=named,
-            seed=seed,
-            overwrite=overwrite,
-            say=say,
-        )
-    except ValueError as error:
-        return refuse(error)
-    except OSError as error:
-        say(f"failed: {error}")
-        return 1
-    return 0
+    simulate(
+        output,
+        scenes=scenes,
+        shape=shape,
+        gain=level_gain if gain is None else gain,
+        read_noise_variance=level_variance if read_noise is None else read_noise**2,
+        label=named,
+        seed=seed,
+        overwrite=overwrite,
+        say=say,
+    )
 
 
 @app.command
+@_answering
 def pretrain(
     stacks: Annotated[list[Path] | None, Parameter(negative="")] = None,
     /,
@@ -184,7 +200,7 @@ def pretrain(
     resume: Annotated[bool, Parameter(negative="")] = False,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
     config: Path | None = None,
-) -> int:
+) -> None:
     """Train weights on many noisy stacks, recorded or simulated; never on a clean target.
 
     Several processes share the batch under torchrun: `torchrun --nproc-per-node 2 -m restormer3d.cli pretrain ...`.
@@ -232,47 +248,46 @@ def pretrain(
     from restormer3d.pretraining import pretrain
     from restormer3d.settings import pretraining_settings
 
-    try:
-        set_threads(threads)
-        model, training = pretraining_settings(
-            recipe, iterations=iterations, batch_size=batch_size, patch=patch, seed=seed, config_file=config
+    set_threads(threads)
+    model, training = pretraining_settings(
+        recipe, iterations=iterations, batch_size=batch_size, patch=patch, seed=seed, config_file=config
+    )
+    with forced_engine(engine), joined_processes(torch_device(device)) as place, progress_bars() as progress:
+        _, usable_precision = usable(engine, precision, place)
+        path = pretrain(
+            stacks or [],
+            output,
+            training,
+            model,
+            simulate=simulate,
+            weights=None if weights is None else load_weights(weights),
+            device=place,
+            precision=usable_precision,
+            resume=resume,
+            save_every=save_every,
+            tensorboard=tensorboard,
+            progress=progress if is_first() else None,
         )
-        with forced_engine(engine), joined_processes(torch_device(device)) as place, progress_bars() as progress:
-            _, usable_precision = usable(engine, precision, place)
-            path = pretrain(
-                stacks or [],
-                output,
-                training,
-                model,
-                simulate=simulate,
-                weights=None if weights is None else load_weights(weights),
-                device=place,
-                precision=usable_precision,
-                resume=resume,
-                save_every=save_every,
-                tensorboard=tensorboard,
-                progress=progress if is_first() else None,
-            )
-            if is_first():
-                say(f"weights: {path}, and those of the best validation in best.safetensors beside it")
-    except ValueError as error:
-        return refuse(error)
-    except (OSError, RuntimeError) as error:
-        say(f"failed: {error}")
-        return 1
-    return 0
+        if is_first():
+            say(f"weights: {path}, and those of the best validation in best.safetensors beside it")
 
 
 @app.command
+@_answering
 def pretrain_image(
     *,
     output: Annotated[Path, Parameter(alias="-o")],
     iterations: int = 5000,
     seed: int = 1,
+    device: str = "cpu",
+    widths: Annotated[tuple[int, int, int], Parameter(negative="")] = (32, 64, 128),
+    batch_size: int = 16,
+    workers: int = 0,
+    seconds: float | None = None,
     threads: int | None = None,
     save_every: int = 500,
     resume: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
+) -> None:
     """Train the small network that denoises the static image, on noisy images of simulated scenes.
 
     Parameters
@@ -280,31 +295,45 @@ def pretrain_image(
     output
         Folder of the run: weights, history, and the state to resume from.
     iterations
-        Of 16 patches each.
+        Batches of patches; with --seconds, at most.
     seed
         Of images, noise and initial weights.
+    device
+        cpu or cuda.
+    widths
+        Channels of the network's three levels.
+    batch_size
+        Patches per iteration.
+    workers
+        Processes that draw images, all but one core on a GPU machine; with 0, the process that trains draws them.
+    seconds
+        End by then: the learning rate falls with the time that has passed.
     threads
         CPU threads; by default all cores.
     save_every
         Iterations between two savings, each with a validation.
     resume
-        Go on with the run in the output folder: the result is that of an uninterrupted run.
+        Go on with the run in the output folder: on the CPU, without workers and --seconds, the result is that of an
+        uninterrupted run.
     """
     from restormer3d.image_training import pretrain_image
 
-    try:
-        set_threads(threads)
-        with progress_bars() as progress:
-            path = pretrain_image(
-                output, iterations, seed=seed, resume=resume, save_every=save_every, progress=progress
-            )
-        say(f"weights: {path}")
-    except ValueError as error:
-        return refuse(error)
-    except (OSError, RuntimeError) as error:
-        say(f"failed: {error}")
-        return 1
-    return 0
+    set_threads(threads)
+    with progress_bars() as progress:
+        path = pretrain_image(
+            output,
+            iterations,
+            seed=seed,
+            resume=resume,
+            save_every=save_every,
+            device=device,
+            widths=widths,
+            batch_size=batch_size,
+            workers=workers,
+            seconds=seconds,
+            progress=progress,
+        )
+    say(f"weights: {path}")
 
 
 def _print_scores(scores: dict[str, Any], indent: str = "") -> None:
