@@ -150,7 +150,8 @@ def test_the_speed_table_has_every_row_and_says_what_was_left_out(speeds):
     done = {"iterations": 7, "recipe_iterations": 800, "overlap_t": 0.25, "overlap_xy": 0.0}
     origin = {"command": "python -m benchmarks.speed", "machine": "a machine"}
     job = {"shape": [500, 128, 128], "limit": 3.0, "seconds": 170.0, "method": "restormer3d", "engine": "cpu"} | origin
-    tables = speed_table.report(speeds | origin | {"job": job | done | {"device": "cpu"}})
+    whole = job | done | {"device": "cpu", "recipe": "default"}
+    tables = speed_table.report(speeds | origin | {"job": whole, "challenge": whole | {"seconds": 70.0, "limit": None}})
     table = "\n".join(tables.values())
     for row in ("training step, 2,048 voxels", "training step, 8,192 voxels", "inference, thousand voxels/s"):
         assert row in table
@@ -158,11 +159,19 @@ def test_the_speed_table_has_every_row_and_says_what_was_left_out(speeds):
         assert row in table
     assert "Left out: stock, compiled: no C++ compiler\n" in table
     assert "under --time-limit 3: 2.8 minutes, 7 of 800 iterations, overlap 0.25 in time and 0 in the plane" in table
+    assert "without a time limit: 70 seconds" in tables[speed_table.CHALLENGE_MARKS]
     assert speeds["agreement"] < 1e-4
     filtered = {"shape": [500, 128, 128], "limit": 0.1, "seconds": 3.0, "method": "gaussian"} | origin
     alone = speed_table.report({"job": filtered})
     assert "no network in that time" in alone[speed_table.JOB_MARKS]
     assert not alone[speed_table.MARKS]
+
+
+def test_a_whole_job_of_either_recipe_is_timed():
+    for name, recipe in (("job", "default"), ("challenge", "published")):
+        job = speed.time_job("cpu", None, recipe, quick=True) | {"command": "a command", "machine": "a machine"}
+        text = "".join(speed_table.report({name: job}).values())
+        assert f"with the {recipe} recipe, TIFF to TIFF, 16 x 16 x 16 int16" in text
 
 
 def test_the_ratio_compares_with_the_best_of_stock():

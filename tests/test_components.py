@@ -122,6 +122,17 @@ def test_a_gpu_gives_the_same(scene):
     np.testing.assert_allclose(on_gpu, on_cpu, atol=0.01 * activity(on_cpu).std())
 
 
+@pytest.mark.parametrize("voxels", [30 * 8 * 20 * 8 * 3, 2**25])
+def test_rows_of_blocks_may_be_refined_together(voxels):
+    rng = np.random.default_rng(5)
+    fields = [torch.from_numpy(rng.normal(size=(30, 37, 20)).astype(np.float32)) for _ in range(4)]
+    one_by_one, together = torch.zeros_like(fields[0]), torch.zeros_like(fields[0])
+    for size in (8, 16):
+        components._add_refined(one_by_one, fields, size, 0)
+        components._add_refined(together, fields, size, voxels)
+    np.testing.assert_allclose(together, one_by_one, atol=1e-5)
+
+
 def test_leading_components_are_those_of_the_whole_decomposition():
     rng = np.random.default_rng(6)
     sizes = 0.8 ** np.arange(60) + 0.01  # signal above a floor of noise

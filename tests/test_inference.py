@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from restormer3d import cuda_graph, inference
 from restormer3d.config import InferenceConfig
-from restormer3d.inference import count_windows, denoise_frames, window_size
+from restormer3d.inference import count_windows, denoise_frames, window_size, windows_per_pass
 from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
 
@@ -206,3 +207,100 @@ def test_windows_may_begin_and_end_with_the_stack(frames, overlap):
     assert overlap == 0 or count_windows(stack.shape, config) < beyond
     if frames <= 16:
         assert count_windows(stack.shape, config) == 4  # all in the plane
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Passes of many windows that are recorded and repeated; recording is stood in for, as in test_cuda_graph.py."""
+    passes = []
+
+    def recorded(function, _):
+        result = torch.empty_like(function())
+
+        def replay():
+            passes.append(tuple(result.shape))
+            return result.copy_(function())
+
+        return replay
+
+    monkeypatch.setattr(cuda_graph, "_recorded", recorded)
+    monkeypatch.setattr(cuda_graph, "_aside", lambda function, _: function())
+    monkeypatch.setattr(inference, "_is_recorded", lambda _: True)
+    monkeypatch.setattr(inference, "_free_bytes", lambda _: 2**40)
+    return passes
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_recorded_passes_of_many_windows_give_the_same_frames(as_on_a_gpu, monkeypatch, count):
+    rng = np.random.default_rng(7)
+    stack = rng.normal(size=(37, 40, 50)).astype(np.float32)
+    background = rng.normal(size=(3, 40, 50)).astype(np.float32)
+    config = InferenceConfig(window=(16, 16, 16), symmetries=count)
+
+    calls: list[tuple[str, int, int]] = []
+
+    def frames():
+        each = denoise_frames(Sideways(), stack, UNIT, background, config, progress=lambda *done: calls.append(done))
+        return np.stack(list(each))
+
+    monkeypatch.setattr(inference, "_PASS_VOXELS", 10 * 16**3)
+    recorded = frames()
+    assert set(as_on_a_gpu) == {(8, 16, 16, 16)}  # 24 windows in the plane: three passes of 8, not of 10, 10 and 4
+    assert len(as_on_a_gpu) == 3 * 6 - 3  # the first three run as they are
+    assert calls[-1] == ("denoise", count_windows(stack.shape, config), count_windows(stack.shape, config))
+    monkeypatch.setattr(inference, "_is_recorded", lambda _: False)
+    np.testing.assert_allclose(recorded, frames(), atol=1e-5)
+
+
+def test_a_pass_that_is_not_full_is_filled_up(as_on_a_gpu, monkeypatch):
+    stack = np.random.default_rng(8).normal(size=(37, 40, 40)).astype(np.float32)
+    config = InferenceConfig(window=(16, 16, 16))
+    monkeypatch.setattr(inference, "_PASS_VOXELS", 7 * 16**3)
+    recorded = run(Wobble(), stack, config)
+    assert set(as_on_a_gpu) == {(6, 16, 16, 16)}  # 16 windows
+    monkeypatch.setattr(inference, "_is_recorded", lambda _: False)
+    np.testing.assert_allclose(recorded, run(Wobble(), stack, config), atol=1e-5)
+
+
+def test_windows_per_pass_are_those_that_fit(as_on_a_gpu, monkeypatch):
+    cuda, shape = torch.device("cuda"), (1500, 490, 490)
+    published, wide = InferenceConfig(), InferenceConfig(window=(256, 96, 96), batch_size=1)
+    assert windows_per_pass(shape, published, cuda) == 15  # 225 of them: 15 passes
+    assert windows_per_pass(shape, wide, cuda) == 1
+    monkeypatch.setattr(inference, "_free_bytes", lambda _: 2**30)
+    assert windows_per_pass(shape, published, cuda) == 2  # as configured
+    monkeypatch.undo()
+    assert windows_per_pass(shape, published, torch.device("cpu")) == 2
+
+
+def test_frames_that_windows_share_are_read_once():
+    class Counting:
+        shape, dtype = (200, 16, 16), np.dtype(np.float32)
+
+        def __init__(self):
+            self.values = np.random.default_rng(9).random(self.shape, np.float32)
+            self.read = 0
+
+        def __getitem__(self, key):
+            self.read += key.stop - key.start
+            return self.values[key]
+
+    stack = Counting()
+    config = InferenceConfig(window=(16, 16, 16), overlap_t=0.5)
+    frames = denoise_frames(Identity(), stack, UNIT, np.zeros((3, 16, 16), np.float32), config)
+    np.testing.assert_allclose(np.stack(list(frames)), stack.values, atol=1e-5)
+    assert stack.read <= 200 + 16  # beside those, the mirrored ones
+
+
+def test_reading_ahead_changes_nothing_but_when():
+    read = []
+
+    def span(at):
+        read.append(at)
+        return torch.tensor(at)
+
+    spans = [(start, start + 2) for start in range(0, 10, 2)]
+    assert [tuple(value.tolist()) for value in inference._ahead(span, spans)] == spans
+    assert read == spans
+    with pytest.raises(ZeroDivisionError):
+        list(inference._ahead(lambda at: torch.tensor(1 // at[0]), spans))

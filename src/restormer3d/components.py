@@ -7,7 +7,9 @@ look is measured: the stack is denoised a second time with a little more noise o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -30,6 +32,7 @@ _MOST = 32
 _POWERS = 6  # passes to find them
 _DRAWN = 32  # frames of noise that are drawn; others are these, moved
 _CHUNK_VOXELS = 2**26  # of frames that are looked at together
+_BLOCK_VOXELS = 2**25  # of blocks that a GPU takes apart together; a CPU takes one row of them, and keeps its cache
 _MOST_FRAMES = 4096  # of them: a filter along time is a matrix of their square
 _HALF = 0.45  # energy of noise, relative to a component's, at which half of the component is kept
 _STEEPNESS = 3
@@ -80,10 +83,16 @@ class AddedNoise:
     def noise(self, first: int, last: int) -> np.ndarray:
         """Draw noise of frames `first` to `last` - 1, (frames, H, W) float32."""
         noise, deviation = np.empty((last - first, *self.shape[1:]), np.float32), np.sqrt(self.variance)
-        for t, frame in zip(range(first, last), noise, strict=True):
-            rng = np.random.default_rng([_SEED, t])
-            drawn = self._drawn[rng.integers(_DRAWN)]
+        fields = self._drawn
+
+        def fill(t: int) -> None:
+            rng, frame = np.random.default_rng([_SEED, t]), noise[t - first]
+            drawn = fields[rng.integers(_DRAWN)]
             np.multiply(deviation, np.roll(drawn, rng.integers(frame.shape), (0, 1)), out=frame, casting="same_kind")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(fill, range(first, last)):  # an error in a thread is raised here
+                pass
         return noise
 
     @cached_property
@@ -177,30 +186,42 @@ def _refined(
     fields = [torch.from_numpy(values).to(where) for values in (clear, noisy, response, noise)]
     total = torch.zeros_like(fields[0])
     for size in _BLOCKS:
-        _add_refined(total, fields, size)
+        _add_refined(total, fields, size, _BLOCK_VOXELS if total.is_cuda else 0)
     total /= len(_BLOCKS)
     return total.cpu().numpy()
 
 
-def _add_refined(total: Tensor, fields: list[Tensor], size: int) -> None:
-    """Refine the fields (T, H, W) in blocks of one size, one row of blocks at a time, and add the result to `total`."""
+def _add_refined(total: Tensor, fields: list[Tensor], size: int, voxels_together: int) -> None:
+    """Refine the fields (T, H, W) in blocks of one size, and add the result to `total`.
+
+    One row of blocks at a time, or as many as have `voxels_together`.
+    """
     depth, height, width = total.shape
     rows, columns = min(size, height), min(size, width)
     tops, lefts = (window_starts(*span, 0.5) for span in ((height, rows), (width, columns)))
     across, down = (torch.from_numpy(hann_weights(n)).to(total) for n in (columns, rows))
-    places = torch.tensor(lefts, device=total.device)[:, None] + torch.arange(columns, device=total.device)
     weights = [torch.zeros(n).to(total) for n in (height, width)]
     for weight, starts, hann in zip(weights, (tops, lefts), (down, across), strict=True):
         for first in starts:
             weight[first : first + len(hann)] += hann
-    for top in tops:
-        strips = (values[:, top : top + rows][:, :, places] for values in fields)  # (T, rows, blocks, columns)
-        blocks = (strip.permute(2, 0, 1, 3).reshape(len(lefts), depth, -1) for strip in strips)
-        refined = _refined_blocks(*blocks).view(len(lefts), depth, rows, columns)
-        refined *= (down / weights[0][top : top + rows])[:, None] * across
-        for left, block in zip(lefts, refined, strict=True):
-            block /= weights[1][left : left + columns]
-            total[:, top : top + rows, left : left + columns] += block
+    at_columns = _places(lefts, columns, total.device)
+    together = max(1, voxels_together // (len(lefts) * depth * rows * columns))
+    for first in range(0, len(tops), together):
+        some = tops[first : first + together]
+        at_rows = _places(some, rows, total.device)
+        strips = (values[:, at_rows][..., at_columns] for values in fields)  # (T, tops, rows, lefts, columns)
+        blocks = (strip.permute(1, 3, 0, 2, 4).reshape(len(some) * len(lefts), depth, -1) for strip in strips)
+        refined = _refined_blocks(*blocks).view(len(some), len(lefts), depth, rows, columns)
+        refined *= (down / weights[0][at_rows]).view(len(some), 1, 1, rows, 1) * across
+        refined /= weights[1][at_columns].view(len(lefts), 1, 1, columns)
+        for top, row in zip(some, refined, strict=True):
+            for left, block in zip(lefts, row, strict=True):
+                total[:, top : top + rows, left : left + columns] += block
+
+
+def _places(starts: list[int], length: int, device: torch.device) -> Tensor:
+    """Places that blocks from `starts` on cover along an axis, (starts, length)."""
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
 
 
 @torch.no_grad()

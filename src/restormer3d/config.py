@@ -155,7 +155,7 @@ class InferenceConfig(_Config):
     overlap_t, overlap_xy : float
         Share of a window that the next one covers again, along time and along rows and columns.
     batch_size : int
-        Windows per pass through the network.
+        Windows per pass through the network; on CUDA the fewest.
     symmetries : {1, 4, 8}
         Windows averaged over this many flips (4) or flips and quarter turns (8) in the plane; costs as many passes.
     mirror_t : bool

@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: its thousand small launches are recorded once and then repeated as one."""
+"""Work of a GPU as a CUDA graph: its thousand small launches are recorded once and then repeated as one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class GraphedStep:
     Parameters
     ----------
     step : function
-        Maps an objective and tensors to a tensor without gradient; everything it does has to be launched on the
-        GPU, with shapes that depend on the shapes of the inputs alone, and nothing read back.
+        Maps an objective, or whatever else tells one kind of step from another, and tensors to a tensor without
+        gradient; everything it does has to be launched on the GPU, with shapes that depend on the shapes of the
+        inputs alone, and nothing read back.
     """
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
@@ -54,7 +55,7 @@ class GraphedStep:
             self._replay = _recorded(lambda: self._step(objective, *kept), kept[0].device)
         except RuntimeError as error:
             self._failed = True
-            warnings.warn(f"training goes on without a CUDA graph, which is slower: {error}", stacklevel=3)
+            warnings.warn(f"the GPU goes on without a CUDA graph, which is slower: {error}", stacklevel=3)
         else:
             self._inputs = kept
 

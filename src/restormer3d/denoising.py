@@ -178,7 +178,7 @@ def _denoised_frames(
         frames = refine_by_components(frames, denoise(added), added, device)
     image_weights = None
     if chosen.inference.static_image and noise is not None:
-        frames = _with_static_image(frames, denoise, source, noise)
+        frames = _with_static_image(frames, denoise, source, noise, device)
         image_weights = file_record(shipped_image_weights())
     return frames, {"components": added is not None, "static_image": image_weights}
 
@@ -238,6 +238,7 @@ def _with_static_image(
     denoise: Callable[[Any], Iterator[np.ndarray]],
     source: TrainingStack,
     noise: NoiseEstimate,
+    device: torch.device,
 ) -> Iterator[np.ndarray]:
     """Replace what denoised frames have in common by the denoised temporal mean of the stack.
 
@@ -256,7 +257,7 @@ def _with_static_image(
         some = stack[first : first + SAMPLE_FRAMES].astype(np.float32)
         some += mean - some.mean(0, np.float64)
         common = np.asarray(np.stack(list(denoise(some))).mean(0))
-    change = denoise_mean(mean, noise, stack.shape[0], source.noise_correlation) - common
+    change = denoise_mean(mean, noise, stack.shape[0], source.noise_correlation, device) - common
     yield from (frame + change for frame in frames)
 
 

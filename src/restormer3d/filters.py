@@ -262,9 +262,8 @@ def _kinds(brightness: Tensor, activity: Tensor) -> Tensor:
 
 def _hats(x: Tensor, knots: tuple[float, ...]) -> Tensor:
     """Linear interpolation weights of x (B, H, W) between knots, constant beyond the ends; (B, len(knots), H, W)."""
-    at = torch.tensor(knots, device=x.device, dtype=x.dtype)
-    x = x.clamp(at[0], at[-1]).unsqueeze(1)
-    at = at.view(1, -1, 1, 1)
+    at = _constants(knots, x.device, x.dtype).view(1, -1, 1, 1)
+    x = x.clamp(knots[0], knots[-1]).unsqueeze(1)
     rising = (x - at[:, :-1]) / (at[:, 1:] - at[:, :-1])
     up = F.pad(rising, (0, 0, 0, 0, 1, 0), value=1.0)
     down = F.pad(1 - rising, (0, 0, 0, 0, 0, 1), value=1.0)
@@ -287,7 +286,7 @@ def shrunk_details(mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """
     smooth = [mean, *(smooth_plane(mean, sigma) for sigma in _DETAIL_SIGMAS)]
     details = torch.cat([fine - coarse for fine, coarse in pairwise(smooth)], 1)
-    expected = noise * torch.tensor(_detail_noise(), device=mean.device, dtype=mean.dtype).view(1, -1, 1, 1, 1)
+    expected = noise * _constants(_detail_noise(), mean.device, mean.dtype).view(1, -1, 1, 1, 1)
     energy = torch.cat(
         [smooth_plane(details[:, k : k + 1].square(), 2 * sigma) for k, sigma in enumerate(_DETAIL_SIGMAS)], 1
     )
@@ -333,6 +332,13 @@ def _plane_norm(h: int, w: int, sigma: float, like: Tensor) -> Tensor:
     """Factor by which smoothing in the plane reduces the deviation of white noise, (h, w)."""
     rows, columns = (gaussian_matrix(size, sigma, like).square().sum(1).sqrt() for size in (h, w))
     return torch.outer(rows, columns)
+
+
+@lru_cache
+@torch.inference_mode(False)  # else training could not use what inference has made
+def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Put numbers on a device, once: while a CUDA graph is recorded nothing can be copied there."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=1)

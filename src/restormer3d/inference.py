@@ -6,7 +6,9 @@ that no later window reaches are finished and leave.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,15 @@ from torch import Tensor, nn
 
 from restormer3d.arithmetic import Precision, autocast, float32_products
 from restormer3d.config import InferenceConfig
+from restormer3d.cuda_graph import GraphedStep
 from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
 
 _CROP = tuple[slice, slice]
 _Denoiser = Callable[[Tensor, Tensor], Tensor]  # windows and their background to denoised windows
+
+_PASS_VOXELS = 2**21  # of the windows of a pass on CUDA, which fewer would not keep busy
+_BYTES_PER_VOXEL = 2**12  # of memory that a pass takes at most, about
 
 
 def denoise_frames(
@@ -75,23 +81,17 @@ def denoise_frames(
     image = torch.from_numpy(np.ascontiguousarray(background, dtype=np.float32)).to(device)
     blended = torch.zeros(depth, height, width, device=device)
     weight = torch.zeros(depth, device=device)
-    model.eval()
-    weights = None if mixture is None else torch.from_numpy(mixture).to(device)
-
-    def denoiser(windows: Tensor, images: Tensor) -> Tensor:
-        return (
-            model(windows, images) if weights is None else model(windows, images, weights.expand(len(windows), -1, -1))
-        )
-
+    per_pass = windows_per_pass(stack.shape, config, blended.device)
+    weighted = _weighted_pass(model, mixture, hann[:, None, None] * plane, config.symmetries, precision)
     arriving: Callable[[], np.ndarray] | None = None
-    for position, start in enumerate(starts):
-        noisy = _to_device(_read_mirrored(stack, start, depth, normalization), blended.device)
-        for first in range(0, len(crops), config.batch_size):
-            batch = crops[first : first + config.batch_size]
-            _blend(denoiser, noisy, image, batch, hann[:, None, None] * plane, blended, config.symmetries, precision)
+    for position, noisy in enumerate(_noisy_frames(stack, starts, depth, normalization, blended.device)):
+        for first in range(0, len(crops), per_pass):
+            batch = crops[first : first + per_pass]
+            _blend(weighted, noisy, image, batch, blended, per_pass if _is_recorded(blended.device) else len(batch))
             if progress is not None:
                 progress("denoise", position * len(crops) + first + len(batch), len(starts) * len(crops))
         weight += hann
+        start = starts[position]
         following = starts[position + 1] if position + 1 < len(starts) else start + depth
         done = min(following - start, depth)
         finished = blended[:done] / (weight[:done, None, None] * plane_sum)
@@ -128,6 +128,31 @@ def count_windows(shape: tuple[int, int, int], config: InferenceConfig) -> int:
     return len(_starts(shape[0], depth, config)) * rows * columns
 
 
+def windows_per_pass(shape: tuple[int, int, int], config: InferenceConfig, device: torch.device) -> int:
+    """Windows that go through the network together: on CUDA more than `config` says, where they are small.
+
+    As many as memory allows, and about the same number in every pass: what is short of it is computed in vain.
+    """
+    if not _is_recorded(device):
+        return config.batch_size
+    window = window_size(shape, config)
+    voxels = min(_PASS_VOXELS, _free_bytes(device) // (2 * _BYTES_PER_VOXEL))
+    most = max(config.batch_size, voxels // math.prod(window))
+    crops = len(_crops(shape[1:], window[1:], config.overlap_xy))
+    return math.ceil(crops / math.ceil(crops / most))
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether passes run as a CUDA graph, which needs all of them to have the same shape."""
+    return device.type == "cuda"
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that is free, or that PyTorch keeps unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def _starts(frames: int, depth: int, config: InferenceConfig) -> list[int]:
     """First frames of the windows; a window deeper than the stack, or one that begins before it, sees it mirrored."""
     if config.mirror_t:
@@ -140,16 +165,39 @@ def _crops(size: tuple[int, int], window: Sequence[int], overlap: float) -> list
     return [(slice(y, y + window[0]), slice(x, x + window[1])) for y in rows for x in columns]
 
 
-def _read_mirrored(stack: Any, start: int, depth: int, normalization: Normalization) -> np.ndarray:
-    """Read normalized frames `start` to `start + depth`, the time axis mirrored at its ends; (depth, H, W)."""
-    indices = mirror_indices(start, start + depth, stack.shape[0])
+def _noisy_frames(
+    stack: Any, starts: list[int], depth: int, normalization: Normalization, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield the normalized frames of every position, (depth, H, W); what two have in common is read once."""
+    ends = [start + depth for start in starts]
+    spans = list(zip([starts[0], *ends[:-1]], ends, strict=True))
+
+    def read(span: tuple[int, int]) -> Tensor:
+        values = torch.from_numpy(_read_mirrored(stack, *span, normalization))
+        return values.pin_memory() if device.type == "cuda" else values
+
+    noisy = torch.zeros(0, *stack.shape[1:], device=device)
+    for added in _ahead(read, spans) if device.type == "cuda" else map(read, spans):
+        noisy = torch.cat([noisy[len(added) :], added.to(device, non_blocking=True)])
+        yield noisy
+
+
+def _ahead(read: Callable[[tuple[int, int]], Tensor], spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+    """Map `read` over spans, in a thread that is one ahead: a GPU need not wait for the file."""
+    with ThreadPoolExecutor(1, "frames") as worker:
+        coming = worker.submit(read, spans[0])
+        for following in spans[1:]:
+            values = coming.result()
+            coming = worker.submit(read, following)
+            yield values
+        yield coming.result()
+
+
+def _read_mirrored(stack: Any, start: int, stop: int, normalization: Normalization) -> np.ndarray:
+    """Read normalized frames `start` to `stop`, the time axis mirrored at its ends; (stop - start, H, W)."""
+    indices = mirror_indices(start, stop, stack.shape[0])
     first = int(indices.min())
     return normalization.apply(stack[first : int(indices.max()) + 1])[indices - first]
-
-
-def _to_device(frames: np.ndarray, device: torch.device) -> Tensor:
-    values = torch.from_numpy(frames)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _to_host(frames: Tensor) -> Callable[[], np.ndarray]:
@@ -167,24 +215,42 @@ def _to_host(frames: Tensor) -> Callable[[], np.ndarray]:
     return wait
 
 
+def _weighted_pass(
+    model: nn.Module, mixture: np.ndarray | None, weight: Tensor, symmetries: int, precision: Precision
+) -> _Denoiser:
+    """Return the function that denoises windows (B, 1, T, H, W) and weighs them for blending, (B, T, H, W).
+
+    On CUDA all passes but the first few run as a graph: launched one by one, its kernels would wait for the host.
+    """
+    device = weight.device
+    weights = None if mixture is None else torch.from_numpy(mixture).to(device)
+    model.eval()
+
+    def denoiser(windows: Tensor, images: Tensor) -> Tensor:
+        return (
+            model(windows, images) if weights is None else model(windows, images, weights.expand(len(windows), -1, -1))
+        )
+
+    def weighted(windows: Tensor, images: Tensor) -> Tensor:
+        with float32_products(precision), autocast(device, precision):
+            return _over_symmetries(denoiser, windows, images, symmetries).squeeze(1).float() * weight
+
+    if not _is_recorded(device):
+        return weighted
+    graphed = GraphedStep(lambda run, *inputs: run(*inputs))
+    return lambda *inputs: graphed(weighted, *inputs)
+
+
 @torch.inference_mode()
 def _blend(
-    denoiser: _Denoiser,
-    noisy: Tensor,
-    background: Tensor,
-    crops: list[_CROP],
-    weight: Tensor,
-    blended: Tensor,
-    symmetries: int,
-    precision: Precision,
+    weighted: _Denoiser, noisy: Tensor, background: Tensor, crops: list[_CROP], blended: Tensor, windows_in_pass: int
 ) -> None:
-    """Denoise the windows at `crops` in one pass and add them, weighted, to `blended` (depth, H, W)."""
-    windows = torch.stack([noisy[:, y, x] for y, x in crops]).unsqueeze(1)
-    images = torch.stack([background[:, y, x] for y, x in crops]).unsqueeze(2)
-    with float32_products(precision), autocast(windows.device, precision):
-        denoised = _over_symmetries(denoiser, windows, images, symmetries).squeeze(1).float()
-    for (y, x), frames in zip(crops, denoised, strict=True):
-        blended[:, y, x] += frames * weight
+    """Denoise the windows at `crops` in one pass, filled up with the last, and add them to `blended` (depth, H, W)."""
+    filled = crops + crops[-1:] * (windows_in_pass - len(crops))
+    windows = torch.stack([noisy[:, y, x] for y, x in filled]).unsqueeze(1)
+    images = torch.stack([background[:, y, x] for y, x in filled]).unsqueeze(2)
+    for (y, x), frames in zip(crops, weighted(windows, images), strict=False):
+        blended[:, y, x] += frames
 
 
 def _over_symmetries(denoiser: _Denoiser, windows: Tensor, images: Tensor, symmetries: int) -> Tensor:

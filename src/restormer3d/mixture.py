@@ -204,25 +204,30 @@ def _window_sums(model: Restormer3D, source: TrainingStack, place: list[slice], 
     for rows in bank.strips(1):
         filters = torch.cat([bank.moving(rows)[0], still[rows].unsqueeze(3).expand(-1, -1, -1, frames)], 2)
         targets = ((filters @ missing[rows]).squeeze(3) - by_noise[rows]) * weight[rows].unsqueeze(2)
-        of_kind = kinds[rows].flatten(0, 1).cpu().double()  # (pixels, K)
-        at = weight[rows].flatten().cpu().double()
+        of_kind = _float64(kinds[rows].flatten(0, 1))  # (pixels, K)
+        at = _float64(weight[rows].flatten())
         sums = _Sums(
             _by_kind(filters.flatten(0, 1), of_kind, at),
-            (targets.flatten(0, 1).T.cpu().double() @ of_kind).flatten(),
+            (_float64(targets.flatten(0, 1).T) @ of_kind).flatten(),
             _by_kind(own[rows].flatten(0, 1).unsqueeze(2), of_kind, torch.ones_like(at)),
             int(rows.start == 0),
         )
         total = sums if total is None else total + sums
     assert total is not None
-    return total
+    return _Sums(total.products.cpu(), total.targets.cpu(), total.own.cpu(), total.windows)
 
 
 def _by_kind(values: Tensor, kinds: Tensor, weight: Tensor) -> Tensor:
     """Sum products of values (pixels, N, T) over frames and, each with each kind, over pixels; (N K, N K)."""
     count, each = values.shape[1], kinds.shape[1]
-    products = (values @ values.transpose(1, 2)).flatten(1).cpu().double()
+    products = _float64((values @ values.transpose(1, 2)).flatten(1))
     pairs = (kinds[:, :, None] * kinds[:, None, :] * weight[:, None, None]).flatten(1)
     return (pairs.T @ products).view(each, each, count, count).permute(2, 0, 3, 1).reshape(count * each, -1)
+
+
+def _float64(values: Tensor) -> Tensor:
+    """In double precision, on the device that they are on; MPS has none, and leaves it to the CPU."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _expectation_maximization(scenes: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ A *stack* is anything with shape (T, H, W), a dtype and numpy slicing, such as a
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +123,16 @@ def estimate_normalization(
 
 def _histogram_percentiles(stack: Any, frames: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
     offset = int(np.iinfo(stack.dtype).min) if stack.dtype.kind in "iu" else 0
-    counts = np.zeros(2 ** (8 * stack.dtype.itemsize), dtype=np.int64)
-    for t in frames:
-        counts += np.bincount(stack[t].ravel().astype(np.int64) - offset, minlength=counts.size)
-    ends = np.cumsum(counts)
+    values = 2 ** (8 * stack.dtype.itemsize)
+
+    def count(some: np.ndarray) -> np.ndarray:
+        counts = np.zeros(values, dtype=np.int64)
+        for t in some:
+            counts += np.bincount(stack[t].ravel().astype(np.int64) - offset, minlength=values)
+        return counts
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ends = np.cumsum(sum(pool.map(count, np.array_split(frames, 16))))
     positions = np.asarray(percentiles) / 100 * (ends[-1] - 1)
     below = np.searchsorted(ends, np.floor(positions), side="right") + offset
     above = np.searchsorted(ends, np.ceil(positions), side="right") + offset
@@ -169,13 +177,17 @@ def temporal_median(stack: Any, max_frames: int = 500) -> np.ndarray:
     frames = sample_frames(length, max_frames)
     rows = max(1, _STRIP_BYTES // (len(frames) * width * stack.dtype.itemsize))
     image = np.empty((height, width), dtype=np.float32)
-    for top in range(0, height, rows):
-        bottom = min(height, top + rows)
-        strip = np.concatenate([stack[t : t + 1, top:bottom, 0:width] for t in frames])
-        for y in range(bottom - top):  # one row, time last: the median then runs over contiguous memory
-            row = np.ascontiguousarray(strip[:, y].T)
-            image[top + y] = np.median(row, axis=1, overwrite_input=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for top in range(0, height, rows):
+            strip = np.concatenate([stack[t : t + 1, top : top + rows, 0:width] for t in frames])
+            for y, row in enumerate(pool.map(_median_of_row, strip.swapaxes(0, 1)), start=top):
+                image[y] = row
     return image
+
+
+def _median_of_row(row: np.ndarray) -> np.ndarray:
+    """Median over time of one row, (T, W): time last, so that it runs over contiguous memory."""
+    return np.median(np.ascontiguousarray(row.T), axis=1, overwrite_input=True)
 
 
 def temporal_mean(stack: Any, frames_per_read: int = 16) -> np.ndarray:

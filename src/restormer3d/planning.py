@@ -16,7 +16,7 @@ import torch
 from restormer3d.arithmetic import Precision, autocast, float32_products, usable
 from restormer3d.components import chunk_frames, is_held
 from restormer3d.config import InferenceConfig, TrainingConfig
-from restormer3d.inference import count_windows, window_size
+from restormer3d.inference import count_windows, window_size, windows_per_pass
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
 from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
@@ -61,7 +61,8 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
             progress=lambda *_: marks.append(_now(device)),
         )
     window = window_size(source.stack.shape, chosen.inference)
-    per_window = _seconds_per_window(trial.to(device), window, chosen.inference.batch_size, device, precision)
+    together = windows_per_pass(source.stack.shape, chosen.inference, device)
+    per_window = _seconds_per_window(trial.to(device), window, together, device, precision)
     checks = 0.0
     if chosen.training.held_out:
         patches = chosen.training.batch_size * math.prod(chosen.training.patch) / math.prod(window)

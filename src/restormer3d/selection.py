@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from restormer3d.arithmetic import Precision, autocast, float32_products
 from restormer3d.config import TrainingConfig
+from restormer3d.cuda_graph import GraphedStep
 from restormer3d.objectives import hide, masked_loss
 from restormer3d.patches import TrainingStack, random_patches
 
@@ -67,16 +69,17 @@ class BestWeights:
         self.kept, self.settled = 0, False
         self._best = np.full(0, np.nan)  # loss of the best weights, batch by batch
         self._state: dict[str, Any] = {}
-        self._device, self._loss = device, config.loss
-        self._precision: Precision = precision
+        score = partial(_score, config.loss, precision)
+        self._score = GraphedStep(score) if device.type == "cuda" else score
         total = config.warmup_iterations + config.iterations
         batches = max(_LEAST_BATCHES, math.ceil(total / ITERATIONS_PER_BATCH))
-        self._batches = [_hidden(stacks, config, number) for number in range(batches)]
+        self._batches = [[value.to(device) for value in _hidden(stacks, config, number)] for number in range(batches)]
 
     @torch.no_grad()
     def look(self, model: nn.Module, iteration: int) -> None:
         """Score a network, and remember its weights if it is the best so far."""
-        losses = np.array([self._score(model, batch) for batch in self._batches])
+        # Read together: every reading makes the host wait for a GPU.
+        losses = np.array(torch.stack([self._score(model, *batch) for batch in self._batches]).tolist())
         score = float(losses.mean())
         if self.scores:
             gain = self._best - losses
@@ -101,10 +104,10 @@ class BestWeights:
         self.scores, self.kept, self.settled = state["scores"], state["kept"], state["settled"]
         self._best, self._state = state["best"].numpy(), state["weights"]
 
-    def _score(self, model: nn.Module, batch: tuple[Tensor, ...]) -> float:
-        inputs = [value.to(self._device) for value in batch]
-        with float32_products(self._precision), autocast(self._device, self._precision):
-            return masked_loss(model, *inputs, loss=self._loss).item()
+
+def _score(loss: str, precision: Precision, model: nn.Module, *batch: Tensor) -> Tensor:
+    with float32_products(precision), autocast(batch[0].device, precision):
+        return masked_loss(model, *batch, loss=loss)
 
 
 def _hidden(stacks: Sequence[TrainingStack], config: TrainingConfig, number: int) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.filters import smooth_plane
@@ -28,7 +29,11 @@ _NEAR = 6.0  # pixels over which it is looked at whether the network took away m
 
 @torch.no_grad()
 def denoise_mean(
-    mean: np.ndarray, noise: NoiseEstimate, frames: int, correlation: tuple[tuple[float, ...], ...]
+    mean: np.ndarray,
+    noise: NoiseEstimate,
+    frames: int,
+    correlation: tuple[tuple[float, ...], ...],
+    device: str | torch.device = "cpu",
 ) -> np.ndarray:
     """Denoise the temporal mean of a stack.
 
@@ -48,6 +53,8 @@ def denoise_mean(
         That the mean was taken of.
     correlation : tuple of tuple of float
         Of a voxel's noise with its neighbors' along frames, rows and columns, from lag 0 on.
+    device : str or torch.device
+        Where to compute; MPS, which has no float64, leaves it to the CPU.
 
     Returns
     -------
@@ -63,38 +70,43 @@ def denoise_mean(
     """
     if not noise.variance(mean).any():
         return mean.astype(np.float32)
-    image = torch.from_numpy(stabilized(mean, noise))
+    where = torch.device("cpu" if torch.device(device).type == "mps" else device)
+    image = torch.from_numpy(stabilized(mean, noise)).to(where)
     variance = max((2 * sum(correlation[0]) - 1) / frames, _LEAST_NOISE * max(1.0, float(image.var(correction=0))))
     image /= variance**0.5
     lag_one = (min(max([*lags[1:2], 0.0]), _MOST_CORRELATION) for lags in correlation[1:])
-    guide = denoise_image(shipped_image_network(), image, (next(lag_one), next(lag_one)))
+    guide = denoise_image(shipped_image_network().to(where), image, (next(lag_one), next(lag_one)))
     by_patches = _from_patches(image, guide, correlation)
     share = 0.5 * (2 - smooth_plane((image - guide).square(), _NEAR)).clamp(0, 1)  # 1 is the noise's variance
-    return restored(((by_patches + share * (guide - by_patches)) * variance**0.5).numpy(), noise).astype(np.float32)
+    both = (by_patches + share * (guide - by_patches)) * variance**0.5
+    return restored(both.cpu().numpy(), noise).astype(np.float32)
 
 
 def _from_patches(image: Tensor, guide: Tensor, correlation: tuple[tuple[float, ...], ...]) -> Tensor:
     """Estimate an image (H, W) with noise of unit variance from patches that are alike in the guide."""
     rows, columns = (min(_PATCH, length) for length in image.shape)
-    of_noise = torch.kron(_covariance(rows, correlation[1]), _covariance(columns, correlation[2]))
+    of_noise = torch.kron(_covariance(rows, correlation[1]), _covariance(columns, correlation[2])).to(image)
     patches, alike = (_patches(values, rows, columns) for values in (image, guide))
     total, weight = torch.zeros_like(image), torch.zeros_like(image)
-    lefts = _places(patches.shape[1])
+    lefts = torch.tensor(_places(patches.shape[1]), device=image.device)
+    of_row, counted = (image.new_zeros(patches.shape[1], rows * columns) for _ in range(2))
+    counted[lefts] = 1
     for top in _places(patches.shape[0]):
-        for left, estimate in zip(lefts, _estimated(patches, alike, top, lefts, of_noise), strict=True):
-            total[top : top + rows, left : left + columns] += estimate.view(rows, columns)
-            weight[top : top + rows, left : left + columns] += 1
+        of_row[lefts] = _estimated(patches, alike, top, lefts, of_noise)
+        for sums, values in ((total, of_row), (weight, counted)):
+            # Adds up where patches overlap; one by one they would be tens of thousands of launches on a GPU.
+            sums[top : top + rows] += F.fold(values.T[None], (rows, image.shape[1]), (rows, columns))[0, 0]
     return total / weight
 
 
-def _estimated(patches: Tensor, alike: Tensor, top: int, lefts: list[int], of_noise: Tensor) -> Tensor:
-    """Estimate the patches of one row, (patches, pixels); `patches` and `alike` are (rows, columns, pixels)."""
+def _estimated(patches: Tensor, alike: Tensor, top: int, at: Tensor, of_noise: Tensor) -> Tensor:
+    """Estimate the patches `at` some columns of a row, (patches, pixels); both images' are (rows, columns, pixels)."""
     rows, columns, pixels = alike.shape
-    at = torch.tensor(lefts)
     near_rows, near_columns = (min(2 * _REACH + 1, length) for length in (rows, columns))
     first_row = min(max(top - _REACH, 0), rows - near_rows)
     first_column = (at - _REACH).clamp(0, columns - near_columns)
     near = (torch.arange(first_row, first_row + near_rows) * columns)[:, None] + torch.arange(near_columns)
+    near = near.to(at)
     candidates = first_column[:, None] + near.flatten()  # (patches, candidates), numbers of places
     places = alike.reshape(-1, pixels)
     distance = (places[candidates] - alike[top, at][:, None]).square().sum(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +52,18 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
         raise StackError(f"{name}: the stack is empty: its shape is {tuple(stack.shape)}.")
     digest = hashlib.sha256()
     lows, highs, bad, first_bad = [], [], 0, -1
-    for start, frames in _blocks(stack):
-        digest.update(np.ascontiguousarray(frames, little).data)
-        lows.append(frames.min())
-        highs.append(frames.max())
-        wrong = ~np.isfinite(frames) if frames.dtype.kind == "f" else np.zeros(0)
-        if wrong.any():
-            bad += int(wrong.sum())
-            first_bad = start + int(wrong.any(axis=(1, 2)).argmax()) if first_bad < 0 else first_bad
-        if progress is not None:
-            progress(len(frames))
+    with ThreadPoolExecutor(1) as beside:  # the hash takes longer than all else
+        for start, frames in _blocks(stack):
+            hashing = beside.submit(digest.update, np.ascontiguousarray(frames, little).data)
+            lows.append(frames.min())
+            highs.append(frames.max())
+            wrong = ~np.isfinite(frames) if frames.dtype.kind == "f" else np.zeros(0)
+            if wrong.any():
+                bad += int(wrong.sum())
+                first_bad = start + int(wrong.any(axis=(1, 2)).argmax()) if first_bad < 0 else first_bad
+            hashing.result()
+            if progress is not None:
+                progress(len(frames))
     if bad:
         raise StackError(
             f"{name}: expected finite values, found {bad} voxels of NaN or infinity, the first in frame {first_bad}. "
