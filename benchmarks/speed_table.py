@@ -8,6 +8,7 @@ from typing import Any
 _WRITTEN = "begin (written by benchmarks.speed --write; edit nothing here by hand)"
 MARKS = (f"<!-- speed table: {_WRITTEN} -->", "<!-- speed table: end -->")
 JOB_MARKS = (f"<!-- whole job: {_WRITTEN} -->", "<!-- whole job: end -->")
+CHALLENGE_MARKS = (f"<!-- challenge stack: {_WRITTEN} -->", "<!-- challenge stack: end -->")
 """Lines of the page between which the tables stand."""
 
 _MEMORY_ROWS = (
@@ -21,6 +22,7 @@ def report(result: dict[str, Any]) -> dict[tuple[str, str], str]:
     return {
         MARKS: _network(result) if "training" in result else "",
         JOB_MARKS: _job(result["job"]) if "job" in result else "",
+        CHALLENGE_MARKS: _job(result["challenge"]) if "challenge" in result else "",
     }
 
 
@@ -97,11 +99,12 @@ def _job(job: dict[str, Any]) -> str:
     origin = f"`{job['command']}` on {job['machine']}."
     if job["method"] != "restormer3d":
         return f"{origin} Whole job, {shape} int16, {limit}: no network in that time ({job['method']})."
+    seconds = job["seconds"]
+    took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
     return (
-        f"{origin} Whole job: `restormer3d denoise` with the default recipe, TIFF to TIFF, {shape} int16, {limit}: "
-        f"{job['seconds'] / 60:.1f} minutes, {job['iterations']} of {job['recipe_iterations']} iterations, overlap "
-        f"{job['overlap_t']:g} in time and {job['overlap_xy']:g} in the plane, {job['engine']} operators on "
-        f"{job['device']}."
+        f"{origin} Whole job: `restormer3d denoise` with the {job['recipe']} recipe, TIFF to TIFF, {shape} int16, "
+        f"{limit}: {took}, {job['iterations']} of {job['recipe_iterations']} iterations, overlap {job['overlap_t']:g} "
+        f"in time and {job['overlap_xy']:g} in the plane, {job['engine']} operators on {job['device']}."
     )
 
 
