@@ -56,17 +56,18 @@ def _window(frame, top, column, height, width, ROWS: tl.constexpr):
 @triton.jit
 def _rows(frame, top, height, width, also, ROWS: tl.constexpr):
     """Load the ROWS voxels at the pointers `frame`; zero outside the frame, or all of them unless `also`."""
-    voxels = ()
+    voxels, row = (), tl.where(also, top, height)
     for r in tl.static_range(ROWS):
-        voxels += (tl.load(frame + r * width, mask=(top + r < height) & also, other=0.0),)
+        voxels += (tl.load(frame + r * width, mask=row + r < height, other=0.0),)
     return voxels
 
 
 @triton.jit
 def _store_rows(frame, values, top, height, width, complete, ROWS: tl.constexpr):
     """Store ROWS voxels at the pointers `frame`, if they are complete."""
+    row = tl.where(complete, top, height)
     for r in tl.static_range(ROWS):
-        tl.store(frame + r * width, values[r], mask=(top + r < height) & complete)
+        tl.store(frame + r * width, values[r], mask=row + r < height)
 
 
 @triton.jit
@@ -127,9 +128,9 @@ def depthwise(
 @triton.jit
 def _squares(values, top, height, complete, ROWS: tl.constexpr):
     """Add up the squares of ROWS voxels, if they are complete."""
-    total = tl.zeros_like(values[0])
+    total, row = tl.zeros_like(values[0]), tl.where(complete, top, height)
     for r in tl.static_range(ROWS):
-        total += tl.where((top + r < height) & complete, values[r] * values[r], 0.0)
+        total += tl.where(row + r < height, values[r] * values[r], 0.0)
     return total
 
 
@@ -203,8 +204,9 @@ def _write_gate(
     GRADIENT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write gelu(a) * b, and with GRADIENT what comes back to a and to b."""
+    row = tl.where(complete, top, height)
     for r in tl.static_range(ROWS):
-        mask = (top + r < height) & complete
+        mask = row + r < height
         below = 0.5 * (1.0 + tl.erf(a[r] * 0.7071067811865476))
         tl.store(gated + r * width, a[r] * below * b[r], mask=mask)
         if GRADIENT:
