@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from restormer3d import image_network
-from restormer3d.image_network import (
-    ImageNetwork,
-    denoise_image,
-    load_image_weights,
-    replacing,
-    save_image_weights,
-    shipped_image_network,
-)
+from restormer3d.checkpoint import load_image_weights, replacing, save_image_weights, shipped_image_network
+from restormer3d.image_network import ImageNetwork, denoise_image
 
 WHITE = (0.0, 0.0)
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from restormer3d import image_pairs, image_training
-from restormer3d.checkpoint import CheckpointError
+from restormer3d.checkpoint import CheckpointError, load_image_weights
 from restormer3d.cli import app
-from restormer3d.image_network import load_image_weights
 from restormer3d.image_training import pretrain_image
 
 

@@ -9,6 +9,9 @@ import hashlib
 import json
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,29 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from restormer3d.config import ModelConfig
+from restormer3d.image_network import ImageNetwork
 from restormer3d.model import Restormer3D
 
 SHIPPED_WEIGHTS = "restormer3d.safetensors"
+IMAGE_WEIGHTS = "static_image.safetensors"
 
 
 class CheckpointError(ValueError):
     """A weights file or training state that cannot be used; the message names the file and what to do."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to; what is written then takes the place of `path` in one step, unless writing fails."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_weights(path: str | Path, model: Restormer3D, notes: dict[str, Any] | None = None) -> Path:
@@ -49,13 +65,9 @@ def save_weights(path: str | Path, model: Restormer3D, notes: dict[str, Any] | N
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     header = {"model_config": model.config.model_dump_json(), "notes": json.dumps(notes or {})}
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
+    with replacing(path) as part:
         save_file(tensors, part, metadata=header)
         part.chmod(0o644)  # safetensors writes for the owner alone; weights are there to be shared
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -98,6 +110,36 @@ def shipped_weights() -> Path | None:
     return path if path.is_file() else None
 
 
+def save_image_weights(path: Path, network: ImageNetwork, notes: dict[str, Any]) -> None:
+    """Write weights with notes on their making to a safetensors file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"notes": json.dumps(notes)})
+        part.chmod(0o644)  # safetensors writes for the owner alone
+
+
+def load_image_weights(path: Path) -> ImageNetwork:
+    """Read what :func:`save_image_weights` wrote."""
+    tensors = load_file(path)
+    fine, middle, coarse = (
+        tensors[f"{level}.2.weight"].shape[0] for level in ("encoder_level1", "encoder_level2", "latent")
+    )
+    network = ImageNetwork((fine, middle, coarse))
+    network.load_state_dict(tensors)
+    return network
+
+
+def shipped_image_weights() -> Path:
+    """Return the weights inside the package."""
+    return Path(str(resources.files("restormer3d"))) / "data" / IMAGE_WEIGHTS
+
+
+@lru_cache(maxsize=1)
+def shipped_image_network() -> ImageNetwork:
+    """Return the network with the weights in the package, on the CPU."""
+    return load_image_weights(shipped_image_weights())
+
+
 def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -106,13 +148,14 @@ def file_sha256(path: str | Path) -> str:
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """Write the state of a training (tensors and plain values), replacing the last one in one step."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
+    with replacing(Path(path)) as part:
         torch.save(state, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def save_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write one line of JSON for every entry, replacing the last history in one step."""
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
 
 def load_state(path: str | Path) -> dict[str, Any]:

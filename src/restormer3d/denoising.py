@@ -15,8 +15,8 @@ import torch
 
 from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
+from restormer3d.checkpoint import shipped_image_weights
 from restormer3d.components import LEAST_FRAMES, AddedNoise, is_held, refine_by_components
-from restormer3d.image_network import shipped_image_weights
 from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D

@@ -6,21 +6,9 @@ one set of weights serves images of every brightness.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from importlib import resources
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-IMAGE_WEIGHTS = "static_image.safetensors"
 
 _STRIP_PIXELS = 2**20  # that are computed together
 _MARGIN = 48  # rows beyond a strip that its pixels depend on, and some more
@@ -88,47 +76,6 @@ def denoise_image(network: ImageNetwork, image: Tensor, correlation: tuple[float
         count = min(step, height - top)
         out[top : top + count] = mean[0, 0, top - first : top - first + count, :width]
     return out + offset
-
-
-def save_image_weights(path: Path, network: ImageNetwork, notes: dict[str, Any]) -> None:
-    """Write weights with notes on their making to a safetensors file."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    with replacing(path) as part:
-        save_file(tensors, part, metadata={"notes": json.dumps(notes)})
-        part.chmod(0o644)  # safetensors writes for the owner alone
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to; what is written then takes the place of `path` in one step, unless writing fails."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def load_image_weights(path: Path) -> ImageNetwork:
-    """Read what :func:`save_image_weights` wrote."""
-    tensors = load_file(path)
-    fine, middle, coarse = (
-        tensors[f"{level}.2.weight"].shape[0] for level in ("encoder_level1", "encoder_level2", "latent")
-    )
-    network = ImageNetwork((fine, middle, coarse))
-    network.load_state_dict(tensors)
-    return network
-
-
-def shipped_image_weights() -> Path:
-    """Return the weights inside the package."""
-    return Path(str(resources.files("restormer3d"))) / "data" / IMAGE_WEIGHTS
-
-
-@lru_cache(maxsize=1)
-def shipped_image_network() -> ImageNetwork:
-    """Return the network with the weights in the package, on the CPU."""
-    return load_image_weights(shipped_image_weights())
 
 
 def _convolutions(inside: int, outside: int) -> nn.Sequential:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -19,8 +18,15 @@ from torch import Tensor
 
 from restormer3d import image_pairs
 from restormer3d.arithmetic import float32_products, torch_device
-from restormer3d.checkpoint import CheckpointError, load_state, save_state
-from restormer3d.image_network import IMAGE_WEIGHTS, ImageNetwork, replacing, save_image_weights
+from restormer3d.checkpoint import (
+    IMAGE_WEIGHTS,
+    CheckpointError,
+    load_state,
+    save_history,
+    save_image_weights,
+    save_state,
+)
+from restormer3d.image_network import ImageNetwork
 from restormer3d.image_pairs import Pairs, numbered_batch, pooled_batches
 from restormer3d.simulation.images import images_ahead
 from restormer3d.training import Progress
@@ -237,7 +243,6 @@ def _resumed(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> lis
 
 def _keep(run_folder: Path, settings: dict[str, Any], history: list[dict[str, Any]], parts: dict[str, Any]) -> None:
     save_image_weights(run_folder / IMAGE_WEIGHTS, parts["average"], settings | {"last": history[-1]})
-    with replacing(run_folder / "history.jsonl") as part:
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    save_history(run_folder / "history.jsonl", history)
     state = {name: part.state_dict() for name, part in parts.items()}
     save_state(run_folder / "state.pt", state | {"settings": settings, "history": history})

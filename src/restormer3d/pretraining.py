@@ -5,8 +5,6 @@ Never a clean target: simulated scenes are seen through their noise alone, as re
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 
 from restormer3d.arithmetic import Precision
-from restormer3d.checkpoint import CheckpointError, save_weights
+from restormer3d.checkpoint import CheckpointError, save_history, save_weights
 from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
 from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
@@ -164,9 +162,7 @@ def _keep(run_folder: Path, history: list[dict[str, Any]], model: Restormer3D, n
     save_weights(run_folder / "weights.safetensors", model, notes)
     if _is_best(history):
         save_weights(run_folder / "best.safetensors", model, notes)
-    part = run_folder / f".history.jsonl.part-{os.getpid()}"
-    part.write_text("".join(json.dumps(entry) + "\n" for entry in history))
-    os.replace(part, run_folder / "history.jsonl")
+    save_history(run_folder / "history.jsonl", history)
 
 
 def _is_best(history: list[dict[str, Any]]) -> bool:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from restormer3d.checkpoint import shipped_image_network
 from restormer3d.filters import smooth_plane
-from restormer3d.image_network import denoise_image, shipped_image_network
+from restormer3d.image_network import denoise_image
 from restormer3d.noise import NoiseEstimate
 
 SAMPLE_FRAMES = 64
