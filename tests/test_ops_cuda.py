@@ -69,6 +69,21 @@ def test_cuda_engine_gives_the_references_output_and_gradients(operator: str, sh
     check_against_reference(*arguments(operator, shape))
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: long sums, for which the interpreter takes minutes")
+@pytest.mark.parametrize(
+    ("operator", "shape"),
+    [
+        ("mdta", (2, 64, 16, 32, 32)),
+        ("gdfn", (2, 64, 16, 32, 32)),
+        ("mdta", (1, 256, 4, 16, 16)),
+        ("conv3d_out", (1, 32, 16, 64, 64)),
+    ],
+    ids=str,
+)
+def test_long_sums_of_tensor_cores_are_as_exact(operator: str, shape: tuple[int, ...]) -> None:
+    check_against_reference(*arguments(operator, shape))
+
+
 @needs_triton
 def test_every_head_attends_to_its_own_channels() -> None:
     function, (x, norm, qkv, dwconv, _, project) = arguments("mdta", (2, 4, 1, 3, 5))
@@ -180,9 +195,12 @@ kernels += [(products, "product", {"ROWS": 64, "ONE_STEP": step}) for step in (T
 kernels += [(products, "outer", {"ROWS": 32})]
 kernels += [(products, name, {}) for name in ("inverse_deviation", "normalize_backward")]
 kernels += [(products, name, {}) for name in ("attention_matrix", "attention_backward")]
+def number(name):
+    return "fp32" if name == "one" else "i32"
+
 for module, name, more in kernels:
     kernel, values = getattr(module, name), fixed | more
-    kinds = {a: "constexpr" if a in values else "*fp32" if a in pointers else "i32" for a in kernel.arg_names}
+    kinds = {a: "constexpr" if a in values else "*fp32" if a in pointers else number(a) for a in kernel.arg_names}
     source = ASTSource(kernel, kinds, {a: values[a] for a in kernel.arg_names if a in values})
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
 """

@@ -24,6 +24,7 @@ _REGISTERS = (
 _TILE = 4096  # values of a tile of LayerNorm, 32 in each of 128 threads
 _CHUNK = 1024  # voxels of one partial sum of products
 _ONE_STEP = 64  # channels that a program of a product holds of its voxels
+_FUSED = {"enable_fp_fusion": True}  # products and sums in one instruction; from Triton 3.10 on not the default
 _LENGTH_EPS = 1e-12  # of torch.nn.functional.normalize
 
 MOST_HEAD_CHANNELS = 64
@@ -53,7 +54,8 @@ class _Tiling:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "LANES": self.lanes, "num_warps": self.lanes // 32, "maxnreg": _REGISTERS}
+        own = {"ROWS": self.rows, "LANES": self.lanes, "num_warps": self.lanes // 32, "maxnreg": _REGISTERS}
+        return own | _FUSED
 
 
 def depthwise(x: Tensor, taps: Tensor, *, with_squares: bool = False) -> tuple[Tensor, Tensor]:
@@ -168,9 +170,9 @@ def product(
     with torch.cuda.device_of(x):
         products.product[grid](
             matrix, matrix if column_scale is None else column_scale, x, x if voxel_scale is None else voxel_scale,
-            out if residual is None else residual, out, rows, inner, size, heads, half, channels // 2 - half,
+            out if residual is None else residual, out, 1.0, rows, inner, size, heads, half, channels // 2 - half,
             matrix.stride(0) if matrix.dim() == 3 else 0, *matrix.stride()[-2:], x.stride(0), out.stride(0), half,
-            COLUMN_SCALE=column_scale is not None, VOXEL_SCALE=voxel_scale is not None,
+            **_FUSED, COLUMN_SCALE=column_scale is not None, VOXEL_SCALE=voxel_scale is not None,
             RESIDUAL=residual is not None, PRECISION=_precision(), ROWS=tile,
             INNER=max(16, power_of_two(inner)) if one_step else 32, VOXELS=voxels, ONE_STEP=one_step,
         )  # fmt: skip
@@ -192,8 +194,8 @@ def outer_products(a: Tensor, b: Tensor, *, voxel_scale: Tensor | None = None, h
     grid = (chunks, -(-rows // tile[0]) * -(-columns // tile[1]), batch * heads)
     with torch.cuda.device_of(a):
         products.outer[grid](
-            a, b, a if voxel_scale is None else voxel_scale, sums, rows, columns, size, heads, chunk,
-            a.stride(0), b.stride(0), VOXEL_SCALE=voxel_scale is not None, PRECISION=_precision(),
+            a, b, a if voxel_scale is None else voxel_scale, sums, 1.0, rows, columns, size, heads, chunk,
+            a.stride(0), b.stride(0), **_FUSED, VOXEL_SCALE=voxel_scale is not None, PRECISION=_precision(),
             ROWS=tile[0], COLUMNS=tile[1], VOXELS=32,
         )  # fmt: skip
     return sums.sum(1)

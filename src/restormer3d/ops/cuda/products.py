@@ -2,6 +2,8 @@
 
 Matrices are small, and what they are multiplied with is long: (rows, inner) @ (B, inner, N). LayerNorm's weight scales
 the columns of a matrix and its divisor the voxels of the product, so that nothing normalized is ever stored.
+Tensor cores round what they add up toward zero: over a long sum that is a bias of 1e-5. Products of 32 are therefore
+summed there and added to the rest outside; `one`, which the compiler does not know to be 1, keeps it from merging both.
 """
 
 # The type checker sees tensors and classes where Triton's compiler sees pointers, scalars and loops.
@@ -22,7 +24,7 @@ def _channel(number, half, gap):
 
 @triton.jit(do_not_specialize=["half", "gap", "heads"])
 def product(
-    matrix, column_scale, x, voxel_scale, residual, out, rows, inner, size, heads, half, gap,
+    matrix, column_scale, x, voxel_scale, residual, out, one, rows, inner, size, heads, half, gap,
     matrix_sample, matrix_row, matrix_column, x_sample, out_sample, head_rows,
     COLUMN_SCALE: tl.constexpr, VOXEL_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, INNER: tl.constexpr, VOXELS: tl.constexpr, ONE_STEP: tl.constexpr,
@@ -68,7 +70,7 @@ def product(
                     weights *= tl.load(column_scale + number, mask=number < inner, other=0.0)[None, :]
                 source = x + (head_row + _channel(number, half, gap)).to(tl.int64)[:, None] * size
                 piece = tl.load(source, mask=(number < inner)[:, None] & here, other=0.0)
-                total = tl.dot(weights, piece, total, input_precision=PRECISION)
+                total += tl.dot(weights, piece, input_precision=PRECISION) * one
         if VOXEL_SCALE:
             total *= scale
         target = (head_row + _channel(row, half, gap)).to(tl.int64)[:, None] * size
@@ -80,7 +82,7 @@ def product(
 
 @triton.jit(do_not_specialize=["heads"])
 def outer(
-    a, b, voxel_scale, sums, rows, columns, size, heads, chunk, a_sample, b_sample,
+    a, b, voxel_scale, sums, one, rows, columns, size, heads, chunk, a_sample, b_sample,
     VOXEL_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +107,7 @@ def outer(
         right = tl.load(b + voxel[None, :], mask=(column < columns)[:, None] & here, other=0.0)
         if VOXEL_SCALE:
             right *= tl.load(voxel_scale + sample * size + voxel, mask=voxel < size, other=0.0)[None, :]
-        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        total += tl.dot(left, tl.trans(right), input_precision=PRECISION) * one
     part = (block.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * rows
     to = sums + (part + row)[:, None] * columns + column[None, :]
     tl.store(to, total, mask=(row < rows)[:, None] & (column < columns)[None, :])
