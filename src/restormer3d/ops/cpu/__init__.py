@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from restormer3d.ops import reference
-from restormer3d.ops.attention import attention_gradients, attention_matrices, mix_heads
 from restormer3d.ops.cpu import kernels
+from restormer3d.ops.cpu.attention import attention_gradients, attention_matrices, mix_heads
 from restormer3d.ops.cpu.engine import array, busy, plan, pool, scratch, start_threads, zeros
 from restormer3d.ops.cpu.loops import SUM_COLUMNS, SUM_ROWS, TILE_ROWS
 from restormer3d.ops.cpu.simd import LANES
