@@ -80,7 +80,7 @@ def _hidden_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x (the residual's included), of LayerNorm's weight and of the 1x1x1 weight."""
     matrix = weight.flatten(1)
-    folded = outer_products(hidden_grad.flatten(2), x.flatten(2), voxel_scale=scale).sum(0)
+    folded = outer_products(hidden_grad.flatten(2), x.flatten(2), voxel_scale=scale, over_samples=True)
     normalized_grad = product((matrix * norm_weight).mT, hidden_grad.flatten(2))
     x_grad = launch.normalize_backward(x.flatten(2), normalized_grad, grad.flatten(2)).view_as(x)
     return x_grad, (folded * matrix).sum(0), (folded * norm_weight).view_as(weight)
@@ -104,7 +104,7 @@ class _Gdfn(torch.autograd.Function):
         grad = grad_outputs[0].contiguous()
         gated_grad = product(project_out.flatten(1).mT, grad.flatten(2)).unflatten(2, x.shape[2:])
         gated, gate_grad = launch.gated_depthwise_backward(hidden, dwconv, gated_grad)
-        out_grad = outer_products(grad.flatten(2), gated.flatten(2)).sum(0).view_as(project_out)
+        out_grad = outer_products(grad.flatten(2), gated.flatten(2), over_samples=True).view_as(project_out)
         del gated, gated_grad
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, gate_grad, dwconv)
         del hidden, gate_grad
@@ -166,7 +166,7 @@ class _Pointwise(torch.autograd.Function):
         grad = grad_outputs[0].flatten(2).contiguous()
         x_grad = product(weight.flatten(1).mT, grad).view_as(x) if ctx.needs_input_grad[0] else None
         wanted = ctx.needs_input_grad[1]
-        return x_grad, outer_products(grad, x.flatten(2)).sum(0).view_as(weight) if wanted else None
+        return x_grad, outer_products(grad, x.flatten(2), over_samples=True).view_as(weight) if wanted else None
 
 
 class _Conv3d(torch.autograd.Function):
@@ -190,11 +190,11 @@ class _Conv3d(torch.autograd.Function):
                 # The adjoint of shifting is shifting the other way.
                 shares = product(weight.flatten(1).mT, grad.flatten(2))
                 x_grad = _sum_shifts(shares.unflatten(1, (-1, 27)).flip(2).flatten(1, 2), x.shape[2:])
-            return x_grad, outer_products(grad.flatten(2), _shifts(x)).sum(0).view_as(weight)
+            return x_grad, outer_products(grad.flatten(2), _shifts(x), over_samples=True).view_as(weight)
         shifted = _shifts(grad).unflatten(1, (-1, 27)).flip(2).flatten(1, 2)
         if ctx.needs_input_grad[0]:
             x_grad = product(_by_tap(weight).mT, shifted).view_as(x)
-        taps = outer_products(shifted, x.flatten(2)).sum(0).unflatten(0, (-1, 27))
+        taps = outer_products(shifted, x.flatten(2), over_samples=True).unflatten(0, (-1, 27))
         return x_grad, taps.mT.reshape(weight.shape)
 
 

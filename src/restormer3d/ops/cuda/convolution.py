@@ -199,42 +199,30 @@ def _joined(parts, HALF: tl.constexpr):
 
 
 @triton.jit
-def _write_gate(
-    a, b, gated, out_grad, gate_grad, value_offset, top, height, width, complete,
-    GRADIENT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write gelu(a) * b, and with GRADIENT what comes back to a and to b."""
-    row = tl.where(complete, top, height)
+def _below(x):
+    """Share of a normal distribution that lies below x: GELU is x times it."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _store_gated(frame, a, b, top, height, width, complete, ROWS: tl.constexpr):
+    """Store gelu(a) * b of ROWS voxels at the pointers `frame`, if they are complete."""
+    gated = ()
     for r in tl.static_range(ROWS):
-        mask = row + r < height
-        below = 0.5 * (1.0 + tl.erf(a[r] * 0.7071067811865476))
-        tl.store(gated + r * width, a[r] * below * b[r], mask=mask)
-        if GRADIENT:
-            slope = below + a[r] * tl.exp(-0.5 * a[r] * a[r]) * 0.3989422804014327
-            g = tl.load(out_grad + r * width, mask=mask, other=0.0)
-            tl.store(gate_grad + r * width, g * b[r] * slope, mask=mask)
-            tl.store(gate_grad + value_offset + r * width, g * a[r] * below, mask=mask)
+        gated += (a[r] * _below(a[r]) * b[r],)
+    _store_rows(frame, gated, top, height, width, complete, ROWS)
 
 
 @triton.jit(do_not_specialize=["hidden", *_SIZES])
-def gated_depthwise(
-    x, taps, gated, out_grad, gate_grad, hidden, frames, height, width, parts, run,
-    GRADIENT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Convolve both halves of x (B, 2h, T, H, W) and write gelu(first) * second (B, h, T, H, W).
-
-    With GRADIENT, also turn ``out_grad`` (B, h, …) into ``gate_grad`` (B, 2h, …), that of both convolved halves.
-    """
+def gated_depthwise(x, taps, gated, hidden, frames, height, width, parts, run, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Convolve both halves of x (B, 2h, T, H, W) and write gelu(first) * second (B, h, T, H, W)."""
     plane, first, last, top, column = _place(frames, height, width, parts, run, ROWS, LANES)
     size = tl.cast(height * width, tl.int64)
     at = top * width + column
     channel = plane % hidden
-    gate_plane = plane + plane // hidden * hidden
     value_offset = hidden * (frames * size)
-    x += gate_plane * (frames * size) + at
-    gate_grad += gate_plane * (frames * size) + at
+    x += (plane + plane // hidden * hidden) * (frames * size) + at
     gated += plane * (frames * size) + at
-    out_grad += plane * (frames * size) + at
     gate_taps = _taps(taps + channel * 27, False)
     value_taps = _taps(taps + (channel + hidden) * 27, False)
     nothing = _zeros(ROWS, LANES)
@@ -248,14 +236,26 @@ def gated_depthwise(
         b0 = _add_taps(b0, voxels, value_taps, 18, ROWS)
         b1 = _add_taps(b1, voxels, value_taps, 9, ROWS)
         b2 = _add_taps(nothing, voxels, value_taps, 0, ROWS)
-        to = (s - 1) * size
-        _write_gate(
-            a0, b0, gated + to, out_grad + to, gate_grad + to, value_offset, top, height, width, s > first,
-            GRADIENT, ROWS,
-        )  # fmt: skip
+        _store_gated(gated + (s - 1) * size, a0, b0, top, height, width, s > first, ROWS)
         a0, a1, b0, b1 = a1, a2, b1, b2
-    to = (frames - 1) * size
-    _write_gate(
-        a0, b0, gated + to, out_grad + to, gate_grad + to, value_offset, top, height, width, last == frames,
-        GRADIENT, ROWS,
-    )  # fmt: skip
+    _store_gated(gated + (frames - 1) * size, a0, b0, top, height, width, last == frames, ROWS)
+
+
+@triton.jit
+def gate_backward(convolved, out_grad, gated, size, VOXELS: tl.constexpr):
+    """Write gelu(a) * b of `convolved`, a and b (B, 2, size), to `gated`, and replace both by their gradients.
+
+    ``out_grad`` and ``gated`` are (B, size).
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * VOXELS + tl.arange(0, VOXELS)
+    here = at < size
+    gate = convolved + 2 * sample * size + at
+    a = tl.load(gate, mask=here, other=0.0)
+    b = tl.load(gate + size, mask=here, other=0.0)
+    g = tl.load(out_grad + sample * size + at, mask=here, other=0.0)
+    below = _below(a)
+    slope = below + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
+    tl.store(gated + sample * size + at, a * below * b, mask=here)
+    tl.store(gate, g * b * slope, mask=here)
+    tl.store(gate + size, g * a * below, mask=here)

@@ -21,9 +21,12 @@ _RUN = 16  # frames that one program convolves: a long run loads few frames twic
 _REGISTERS = (
     128  # a thread; the compiler would take more for the convolutions, and fewer threads would share a processor
 )
+_VOXELS = 512  # of one program that works on voxels one by one
 _TILE = 4096  # values of a tile of LayerNorm, 32 in each of 128 threads
 _CHUNK = 1024  # voxels of one partial sum of products
 _ONE_STEP = 64  # channels that a program of a product holds of its voxels
+_ROWS = 32  # of a matrix, in a program at a time
+_MANY = 2**17  # voxels, enough to keep a GPU busy with large tiles
 _FUSED = {"enable_fp_fusion": True}  # products and sums in one instruction; from Triton 3.10 on not the default
 _LENGTH_EPS = 1e-12  # of torch.nn.functional.normalize
 
@@ -45,9 +48,9 @@ class _Tiling:
 
     @classmethod
     def of(cls, shape: torch.Size, most_rows: int) -> _Tiling:
-        """Tile frames (…, T, H, W): whole warps, no more than the frame needs."""
+        """Tile frames (…, T, H, W): whole warps, no more than the frame needs, and in small frames few rows a lane."""
         frames, height, width = shape[-3:]
-        rows = min(most_rows, power_of_two(height))
+        rows = min(most_rows, max(1, power_of_two(height) // 4))
         columns = -(-height // rows) * width
         lanes = min(_THREADS, max(32, power_of_two(columns)))
         return cls(rows, lanes, -(-columns // lanes) * -(-frames // _RUN), _RUN)
@@ -60,7 +63,7 @@ class _Tiling:
 
 def depthwise(x: Tensor, taps: Tensor, *, with_squares: bool = False) -> tuple[Tensor, Tensor]:
     """Convolve (B, C, T, H, W) with taps (C, 1, 3, 3, 3); also return the sums of squares, (B, C)."""
-    tiling = _Tiling.of(x.shape, 4)
+    tiling = _Tiling.of(x.shape, 8)
     planes = x.shape[0] * x.shape[1]
     out = torch.empty_like(x)
     squares = x.new_empty((*x.shape[:2], tiling.parts if with_squares else 0))
@@ -87,27 +90,25 @@ def depthwise_backward(x: Tensor, grad: Tensor, taps: Tensor) -> tuple[Tensor, T
 
 def gated_depthwise(x: Tensor, taps: Tensor) -> Tensor:
     """Convolve (B, 2h, T, H, W) and return gelu(first half) * second half, (B, h, T, H, W)."""
-    gated = x.new_empty((x.shape[0], x.shape[1] // 2, *x.shape[2:]))
-    _gate(x, taps, gated, None, None)
+    tiling, hidden = _Tiling.of(x.shape, 4), x.shape[1] // 2
+    gated = x.new_empty((len(x), hidden, *x.shape[2:]))
+    with torch.cuda.device_of(x):
+        convolution.gated_depthwise[(len(x) * hidden * tiling.parts,)](
+            x, taps.contiguous(), gated, hidden, *x.shape[2:], tiling.parts, tiling.run, **tiling.options
+        )
     return gated
 
 
 def gated_depthwise_backward(x: Tensor, taps: Tensor, out_grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what :func:`gated_depthwise` returned, and the gradient of the convolved x (B, 2h, T, H, W)."""
-    gated, gate_grad = torch.empty_like(out_grad), torch.empty_like(x)
-    _gate(x, taps, gated, out_grad, gate_grad)
-    return gated, gate_grad
+    """Return what :func:`gated_depthwise` returned, and the gradient of the convolved x (B, 2h, T, H, W).
 
-
-def _gate(x: Tensor, taps: Tensor, gated: Tensor, out_grad: Tensor | None, gate_grad: Tensor | None) -> None:
-    tiling = _Tiling.of(x.shape, 2)
-    hidden = gated.shape[1]
-    backward = out_grad is not None and gate_grad is not None
+    In two kernels: one that convolves and derives at once holds so many values that few of it fit on a processor.
+    """
+    grad, gated = depthwise(x, taps)[0], torch.empty_like(out_grad)
+    size = out_grad[0].numel()
     with torch.cuda.device_of(x):
-        convolution.gated_depthwise[(gated.shape[0] * hidden * tiling.parts,)](
-            x, taps.contiguous(), gated, out_grad if backward else gated, gate_grad if backward else gated,
-            hidden, *x.shape[2:], tiling.parts, tiling.run, GRADIENT=backward, **tiling.options,
-        )  # fmt: skip
+        convolution.gate_backward[(-(-size // _VOXELS), len(x))](grad, out_grad, gated, size, VOXELS=_VOXELS, **_FUSED)
+    return gated, grad
 
 
 def inverse_deviation(x: Tensor) -> Tensor:
@@ -163,8 +164,9 @@ def product(
     batch, channels, size = x.shape
     rows, inner = matrix.shape[-2:]
     out = x.new_empty((batch, channels if heads > 1 else rows, size)) if out is None else out
-    one_step = inner <= _ONE_STEP
-    tile, voxels = min(32 if one_step else 64, max(16, power_of_two(rows))), 128 if inner <= 32 else 64
+    # Loading voxels once pays off if several tiles of rows need them.
+    one_step = inner <= 32 or (inner <= _ONE_STEP and rows > _ROWS)
+    tile, voxels = min(_ROWS, max(16, power_of_two(rows))), 128 if batch * size >= _MANY else 64
     grid = (-(-size // voxels), 1 if one_step else -(-rows // tile), batch * heads)
     half = inner // 2 if heads > 1 else inner + rows
     with torch.cuda.device_of(x):
@@ -175,30 +177,33 @@ def product(
             **_FUSED, COLUMN_SCALE=column_scale is not None, VOXEL_SCALE=voxel_scale is not None,
             RESIDUAL=residual is not None, PRECISION=_precision(), ROWS=tile,
             INNER=max(16, power_of_two(inner)) if one_step else 32, VOXELS=voxels, ONE_STEP=one_step,
+            num_stages=3 if voxels == 128 else 4,
         )  # fmt: skip
     return out
 
 
-def outer_products(a: Tensor, b: Tensor, *, voxel_scale: Tensor | None = None, heads: int = 1) -> Tensor:
+def outer_products(
+    a: Tensor, b: Tensor, *, voxel_scale: Tensor | None = None, heads: int = 1, over_samples: bool = False
+) -> Tensor:
     """Return ``a @ (b * voxel_scale).mT`` of every sample and head: (B, R, N) and (B, C, N) to (B * heads, R, C).
 
-    With heads, R and C are those of a head. The sum is cut into chunks that run side by side and are then added up.
+    With heads, R and C are those of a head. With ``over_samples`` the sum over samples as well: (R, C). The sum is cut
+    into chunks that run side by side and are then added up.
     """
     batch, _, size = a.shape
     rows, columns = a.shape[1] // heads, b.shape[1] // heads
     chunk = min(_CHUNK, max(64, power_of_two(size // 16)))
     chunks = -(-size // chunk)
     sums = a.new_empty((batch * heads, chunks, rows, columns))
-    across = min(64, max(16, power_of_two(columns)))
-    tile = min(128 if across <= 32 else 64, max(16, power_of_two(rows))), across
+    tile = min(64, max(16, power_of_two(rows))), min(64, max(16, power_of_two(columns)))
     grid = (chunks, -(-rows // tile[0]) * -(-columns // tile[1]), batch * heads)
     with torch.cuda.device_of(a):
         products.outer[grid](
             a, b, a if voxel_scale is None else voxel_scale, sums, 1.0, rows, columns, size, heads, chunk,
             a.stride(0), b.stride(0), **_FUSED, VOXEL_SCALE=voxel_scale is not None, PRECISION=_precision(),
-            ROWS=tile[0], COLUMNS=tile[1], VOXELS=32,
+            ROWS=tile[0], COLUMNS=tile[1], VOXELS=32, num_warps=2 if max(tile) <= 32 else 4,
         )  # fmt: skip
-    return sums.sum(1)
+    return sums.flatten(0, 1).sum(0) if over_samples else sums.sum(1)
 
 
 def _precision() -> str:
