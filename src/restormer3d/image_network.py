@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_STRIP_PIXELS = 2**20  # that are computed together
+_STRIP_PIXELS = 2**18  # that are computed together
 _MARGIN = 48  # rows beyond a strip that its pixels depend on, and some more
 
 
