@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -74,6 +75,16 @@ def test_bad_arguments_exit_with_2_and_a_reason(arguments, reason):
     assert done.returncode == 2
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_package_that_was_not_installed_costs_no_result(noisy_file, tmp_path, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("restormer3d.sidecar.version", missing)
+    output = tmp_path / "denoised.tif"
+    assert run("denoise", noisy_file, "-o", output, "--method", "gaussian") == 0
+    assert json.loads(output.with_name("denoised.tif.json").read_text())["versions"]["torch"] == "not installed"
 
 
 def test_denoise_writes_a_drop_in_and_a_sidecar(noisy_file, noisy_stack, quick, tmp_path):

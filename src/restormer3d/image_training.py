@@ -29,7 +29,7 @@ from restormer3d.checkpoint import (
 from restormer3d.image_network import ImageNetwork
 from restormer3d.image_pairs import Pairs, numbered_batch, pooled_batches
 from restormer3d.simulation.images import images_ahead
-from restormer3d.training import Progress
+from restormer3d.training import Progress, update_average
 
 _LEARNING_RATE = 1e-3
 _RAMP = 100  # iterations in which it rises
@@ -124,7 +124,7 @@ def pretrain_image(
     with _fast_convolutions(place), _batches(seed, done, batch_size, workers, place) as batches:
         while share < 1:
             losses.append(_step(parts["network"], parts["optimizer"], _rate(done, share), next(batches)))
-            _follow(parts["average"], parts["network"], done)
+            update_average(parts["average"], parts["network"], _DECAY, done)
             done += 1
             share = passed()
             if progress:
@@ -213,15 +213,6 @@ def _step(network: ImageNetwork, optimizer: torch.optim.Optimizer, rate: float, 
     torch.nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
     optimizer.step()
     return loss.detach()
-
-
-@torch.no_grad()
-def _follow(average: ImageNetwork, network: ImageNetwork, iteration: int) -> None:
-    """Move the running average of the weights; the first iterations are soon forgotten."""
-    kept = min(_DECAY, (iteration + 1) / (iteration + 11))
-    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-        list(average.parameters()), list(network.parameters()), 1 - kept
-    )
 
 
 @lru_cache(maxsize=_VALIDATION)

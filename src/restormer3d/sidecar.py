@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,16 @@ def sidecar(
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    return {name: version(name) for name in packages if find_spec(name) is not None}
+    """Versions of those packages that are there."""
+    return {name: _version(name) for name in packages if find_spec(name) is not None}
+
+
+def _version(package: str) -> str:
+    """Version of a package; a folder on Python's path has none, and no result may be lost for that."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def network_record(

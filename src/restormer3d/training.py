@@ -121,7 +121,7 @@ def fit(
     for iteration, drawn in enumerate(_batches(stacks, config, range(first, last), device), start=first):
         rate = _set_learning_rate(optimizer, config, iteration)
         unread.append(take_step(*_objective(drawn, config, iteration, device)))
-        _update_average(average, model, config.ema_decay, iteration)
+        update_average(average, model, config.ema_decay, iteration)
         history.append(_entry(config, iteration, rate, time.monotonic() - started))
         if best is not None and iteration + 1 in checks:
             best.look(average if config.ema_decay else model, iteration + 1)
@@ -294,7 +294,7 @@ def _read_losses(history: list[dict[str, Any]], unread: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def _update_average(average: nn.Module, model: nn.Module, decay: float, iteration: int) -> None:
+def update_average(average: nn.Module, model: nn.Module, decay: float, iteration: int) -> None:
     """Move the running average of the weights; early on it follows faster, so that it forgets the first weights."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
     # All in one launch on a GPU, where two hundred small ones take as long as the step.
