@@ -29,7 +29,7 @@ _OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0),
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _TIMED_SIDE = 64  # pixels of the windows that are timed on a CPU
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
-_STATIC_IMAGE = 50.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
+_STATIC_IMAGE = 16.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
 _COMPONENTS = 0.7  # time to take a stack apart into components, relative to the network's for as many voxels
 
 
