@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from restormer3d import pretraining
+from restormer3d import pretraining, scenes
 from restormer3d import training as training_module
 from restormer3d.checkpoint import CheckpointError, load_weights, weights_notes
 from restormer3d.config import ModelConfig, TrainingConfig
@@ -118,6 +119,35 @@ def test_no_kill_changes_the_weights(noisy_file, tmp_path, moment, one_thread):
         models = [load_weights(tmp_path / folder / name) for folder in ("whole", "killed")]
         for a, b in zip(*(model.parameters() for model in models), strict=True):
             assert torch.equal(a, b)
+
+
+def test_scenes_of_other_processes_are_the_same(training, tmp_path, one_thread):
+    """More scenes than the row has, so that it repeats; a run that resumes starts its processes anew."""
+    longer = training.model_copy(update={"iterations": 10})
+    here = load_weights(run(tmp_path / "here", longer, simulate=3))
+
+    def kill(_, done, __):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "elsewhere", longer, simulate=3, workers=2, progress=kill)
+    elsewhere = load_weights(run(tmp_path / "elsewhere", longer, simulate=3, workers=2, resume=True))
+    for a, b in zip(here.parameters(), elsewhere.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert not multiprocessing.active_children()
+
+
+def die(_: int) -> None:
+    os._exit(1)
+
+
+def test_processes_that_die_are_no_riddle(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "_prepare", die)
+    with pytest.raises(RuntimeError, match="try fewer workers"):
+        run(tmp_path, training, workers=1)
+    with pytest.raises(ValueError, match="workers"):
+        run(tmp_path / "other", training, workers=-1)
 
 
 def test_the_best_validation_is_kept(training, tmp_path, monkeypatch):

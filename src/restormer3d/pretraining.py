@@ -21,22 +21,21 @@ from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
 from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.mixture import adapted_mixture, fit_mixture
+from restormer3d.mixture import fit_mixture
 from restormer3d.model import Restormer3D
 from restormer3d.noise import estimate_noise
 from restormer3d.patches import TrainingStack, measured_stack, training_stack
-from restormer3d.simulation import NoisyScene, noise_parameters, random_scene_parameters, simulate_scene
+from restormer3d.scenes import Scenes, adapted, scenes_ahead, simulated
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 from restormer3d.stacks import open_stack
 from restormer3d.thinning import prepare_thinning
 from restormer3d.training import Progress, fit
 
-_ITERATIONS_PER_SCENE = 8  # a new simulated scene replaces the oldest in the pool after so many iterations
-_POOL = 6  # simulated scenes that batches are drawn from at one time
 _RECORDINGS = 8  # further noisy recordings of a simulated scene, which the network learns to predict together
-_SCENE_WINDOWS = 4  # of a simulated scene, that its mixture of filters is fitted to
 _RECORDING_WINDOWS = 100  # of a recording
 _MIXTURE_SCENES = 240  # that the usual mixture of filters and its modes are fitted to
 _VALIDATION_SHAPE = (128, 64, 64)
+_VALIDATION_WINDOWS = 4
 _VALIDATION_SEED = 9_000_000  # far from the seeds of training scenes and of the quality table
 
 
@@ -53,6 +52,7 @@ def pretrain(
     precision: Precision = "fp32",
     resume: bool = False,
     save_every: int = 500,
+    workers: int = 0,
     tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -85,6 +85,9 @@ def pretrain(
         Go on with the run in `run_folder`.
     save_every : int
         Iterations between two savings, each with a validation.
+    workers : int
+        Processes that prepare the simulated scenes to come, for a GPU that would wait for them; 0 prepares each when
+        it is needed. The scenes are the same, but for rounding.
     tensorboard : bool
         Write losses, learning rates and validations for TensorBoard, too, at each saving.
     progress : function, optional
@@ -98,13 +101,16 @@ def pretrain(
     Raises
     ------
     ValueError
-        If there is nothing to train on, the processes cannot share the batch equally, or TensorBoard is not installed.
+        If there is nothing to train on, workers are below 0, the processes cannot share the batch equally, or
+        TensorBoard is not installed.
     CheckpointError
         If `run_folder` holds a run and `resume` is not set, or one with other settings.
     """
     files = stack_files(stacks)
     if not files and simulate < 1:
         raise ValueError("nothing to train on: name noisy stacks, or give --simulate N")
+    if workers < 0:
+        raise ValueError(f"expected workers of at least 0, got {workers}")
     part_of_batch(training.batch_size)  # refuses, if it has to, before stacks are read
     board = _tensorboard() if tensorboard else None
     state = run_folder / "state.pt"
@@ -129,30 +135,27 @@ def pretrain(
     model = weights or Restormer3D(model_config)
     paired = training.simulated_target == "second_recording" and simulate > 0
     if paired and weights is None and model.config.start == "filters" and not state.exists():
-        scenes = range(min(_MIXTURE_SCENES, simulate))
-        fit_mixture(model, (_simulated(training.seed, n, scene_shape, 1) for n in scenes), training.patch)
+        numbers = range(min(_MIXTURE_SCENES, simulate))
+        fit_mixture(model, (simulated(training.seed, n, scene_shape, 1) for n in numbers), training.patch)
 
     # Mixtures are fitted when they are needed: a run that resumes has its model's by then.
     @cache
     def recording(file: Path) -> TrainingStack:
-        return _adapted(model, _recorded(file, training), training.patch, _RECORDING_WINDOWS)
+        return adapted(model, _recorded(file, training), training.patch, _RECORDING_WINDOWS)
 
-    @lru_cache(maxsize=2 * _POOL)
-    def scene(number: int) -> TrainingStack:
-        simulated = _simulated(training.seed, number, scene_shape, paired * _RECORDINGS)
-        return _adapted(model, simulated, training.patch, _SCENE_WINDOWS)
-
-    fit(
-        model,
-        lambda iteration: [*map(recording, files), *map(scene, _pool(iteration, simulate))],
-        training,
-        device=device,
-        precision=precision,
-        progress=progress,
-        state_file=state,
-        save_every=save_every,
-        on_save=keep,
-    )
+    scenes = Scenes(training.seed, simulate, scene_shape, paired * _RECORDINGS, training.patch)
+    with scenes_ahead(model, scenes, workers) as scene:
+        fit(
+            model,
+            lambda iteration: [*map(recording, files), *map(scene, scenes.pool(iteration))],
+            training,
+            device=device,
+            precision=precision,
+            progress=progress,
+            state_file=state,
+            save_every=save_every,
+            on_save=keep,
+        )
     return path
 
 
@@ -217,7 +220,7 @@ def validate(
         scene = _validation_scene()
         gain, read_noise = noise_parameters(level)
         noisy = NoisyScene(scene, gain, read_noise, seed=_VALIDATION_SEED + level)[:]
-        source = _adapted(model, training_stack(noisy), window, _SCENE_WINDOWS)
+        source = adapted(model, training_stack(noisy), window, _VALIDATION_WINDOWS)
         frames = denoise_frames(
             model,
             noisy,
@@ -245,42 +248,3 @@ def _recorded(path: Path, training: TrainingConfig) -> TrainingStack:
     source = measured_stack(stack, noise, training.blind_spot)
     mean = source.normalization.invert(source.mean)
     return replace(source, thinning=prepare_thinning(stack, mean, source.normalization, noise, training.thinning))
-
-
-def _adapted(
-    model: Restormer3D, source: TrainingStack, window: tuple[int, int, int], most_windows: int
-) -> TrainingStack:
-    """Give a stack a mixture of filters of its own, as denoising does, if the model has filters."""
-    if model.config.start != "filters":
-        return source
-    mixture, _ = adapted_mixture(model, source, window, most_windows=most_windows)
-    return replace(source, mixture=mixture.cpu().numpy())
-
-
-def _pool(iteration: int, count: int) -> list[int]:
-    """Scenes that an iteration draws from: the newest few of an endless row, which repeats after `count`."""
-    newest = iteration // _ITERATIONS_PER_SCENE
-    return [number % count for number in range(newest, newest + min(_POOL, count))]
-
-
-def _mean(recordings: list[NoisyScene]) -> np.ndarray:
-    total = np.zeros(recordings[0].shape, np.float32)
-    for recording in recordings:
-        total += recording[:]
-    return total / len(recordings)
-
-
-@lru_cache(maxsize=2)
-def _simulated(seed: int, number: int, shape: tuple[int, int, int], recordings: int) -> TrainingStack:
-    """Simulate a noisy recording, with the mean of so many further ones whose noise is independent."""
-    rng = np.random.default_rng([seed, 1, number])
-    parameters = random_scene_parameters(rng)
-    frames = int(rng.integers(2 * shape[0] // 5, shape[0] + 1))
-    scene = simulate_scene((frames, *shape[1:]), seed=int(rng.integers(2**31)), **parameters["scene"])
-    detector = parameters["detector"]
-    noisy, *others = (NoisyScene(scene, seed=int(rng.integers(2**31)), **detector) for _ in range(1 + recordings))
-    correlation_x, correlation_y = detector["correlation"]
-    # The correlation is known here: measuring it again would only cost time.
-    extent = (0, int(correlation_y > 0.05), int(correlation_x > 0.05))
-    source = training_stack(noisy[:], extent, second=_mean(others) if others else None)
-    return replace(source, noise_correlation=((1.0,), (1.0, correlation_y), (1.0, correlation_x)))

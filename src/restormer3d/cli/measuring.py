@@ -196,6 +196,7 @@ def pretrain(
     engine: Engines = "auto",
     precision: Precisions = "fp32",
     threads: int | None = None,
+    workers: int = 0,
     save_every: int = 500,
     resume: Annotated[bool, Parameter(negative="")] = False,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
@@ -233,6 +234,8 @@ def pretrain(
         Of the network's arithmetic.
     threads
         CPU threads; by default all cores.
+    workers
+        Processes that prepare the simulated scenes to come: for a GPU, as many as there are cores.
     save_every
         Iterations between two savings, each with a validation.
     resume
@@ -265,6 +268,7 @@ def pretrain(
             precision=usable_precision,
             resume=resume,
             save_every=save_every,
+            workers=workers,
             tensorboard=tensorboard,
             progress=progress if is_first() else None,
         )

@@ -21,7 +21,7 @@ from restormer3d.simulation.textures import random_texture
 
 _FRAMES = 12  # of a simulated scene, that its image is the mean of
 _WAITING = 2048  # images that are drawn ahead
-_ONE_THREAD: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def draw_image(seed: int, number: int, side: int) -> np.ndarray:
@@ -78,7 +78,7 @@ def images_ahead(seed: int, first: int, side: int, workers: int) -> Iterator[Cal
         return taken
 
     try:
-        with _environment(_ONE_THREAD):  # libraries read it when they are loaded
+        with one_thread_each():
             for process in processes:
                 process.start()
         yield take
@@ -91,8 +91,9 @@ def images_ahead(seed: int, first: int, side: int, workers: int) -> Iterator[Cal
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables for the processes that are started within the block."""
+def one_thread_each() -> Iterator[None]:
+    """Let the libraries of processes that are started within the block compute on one thread."""
+    variables: dict[str, str] = dict.fromkeys(_THREADS, "1")  # read when the libraries are loaded
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
