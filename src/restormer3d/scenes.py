@@ -108,12 +108,14 @@ def _processes(model: Restormer3D, scenes: Scenes, workers: int) -> Iterator[Pro
     """Start processes, which are told once what they need."""
     context = multiprocessing.get_context("spawn")  # the caller may have started CUDA, which no fork survives
     told = (copy.deepcopy(model).cpu(), scenes)
-    with one_thread_each():
-        pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=told)
-        try:
-            yield pool
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=told)
+    try:
+        with one_thread_each():
+            for _ in range(workers):
+                pool.submit(int)  # starts a process, as none is idle yet
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _told: list[tuple[Restormer3D, Scenes]] = []  # in a process that prepares scenes: by what
