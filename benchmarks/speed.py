@@ -92,7 +92,8 @@ def speed(
         result["job"] = time_job(device, job_minutes, "default", quick=quick) | origin
     if parts == "challenge":
         result["challenge"] = time_job(device, job_minutes, "published", quick=quick) | origin
-    tables = {marks: text for marks, text in report(result).items() if text}
+    on_gpu = torch.device(device).type == "cuda"  # its tables stand beside those of a CPU
+    tables = {marks: text for marks, text in report(result, on_gpu=on_gpu).items() if text}
     print("\n\n".join([_QUICK_NOTE] * quick + list(tables.values())))
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,10 +6,16 @@ from statistics import median
 from typing import Any
 
 _WRITTEN = "begin (written by benchmarks.speed --write; edit nothing here by hand)"
-MARKS = (f"<!-- speed table: {_WRITTEN} -->", "<!-- speed table: end -->")
-JOB_MARKS = (f"<!-- whole job: {_WRITTEN} -->", "<!-- whole job: end -->")
-CHALLENGE_MARKS = (f"<!-- challenge stack: {_WRITTEN} -->", "<!-- challenge stack: end -->")
-"""Lines of the page between which the tables stand."""
+
+
+def _marks(name: str) -> tuple[str, str]:
+    """Return the lines of the page between which a table stands."""
+    return f"<!-- {name}: {_WRITTEN} -->", f"<!-- {name}: end -->"
+
+
+MARKS, JOB_MARKS = _marks("speed table"), _marks("whole job")
+GPU_MARKS, GPU_JOB_MARKS = _marks("speed table of a GPU"), _marks("whole job on a GPU")
+CHALLENGE_MARKS = _marks("challenge stack")
 
 _MEMORY_ROWS = (
     ("saved_bytes_per_voxel", "saved for the backward pass, kB per voxel", 1e3),
@@ -17,11 +23,11 @@ _MEMORY_ROWS = (
 )
 
 
-def report(result: dict[str, Any]) -> dict[tuple[str, str], str]:
+def report(result: dict[str, Any], *, on_gpu: bool = False) -> dict[tuple[str, str], str]:
     """Return what stands between which marks, with the machine and the command that made it; empty if not measured."""
     return {
-        MARKS: _network(result) if "training" in result else "",
-        JOB_MARKS: _job(result["job"]) if "job" in result else "",
+        GPU_MARKS if on_gpu else MARKS: _network(result) if "training" in result else "",
+        GPU_JOB_MARKS if on_gpu else JOB_MARKS: _job(result["job"]) if "job" in result else "",
         CHALLENGE_MARKS: _job(result["challenge"]) if "challenge" in result else "",
     }
 

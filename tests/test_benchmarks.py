@@ -188,6 +188,9 @@ def test_a_new_speed_table_leaves_the_prose(tmp_path):
     assert "new table" in text
     assert "training step" not in text.split(speed_table.MARKS[1])[0]
     assert "## Precision and engine" in text
+    for marks in speed_table.report({}) | speed_table.report({}, on_gpu=True):
+        speed.put_between(page, *marks, "each has a place of its own")
+    assert page.read_text().count("each has a place of its own") == 5
     page.write_text("no markers")
     with pytest.raises(ValueError, match="between which the table goes"):
         speed.put_between(page, *speed_table.MARKS, "new table")
