@@ -185,14 +185,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from restormer3d.ops.cuda import convolution, products
-fixed = dict(SQUARES=True, GRADIENT=True, ROWS=2, LANES=128, EPS=1e-5, CHANNELS=32, VOXELS=64)
+fixed = dict(SQUARES=True, ROWS=2, LANES=128, EPS=1e-5, CHANNELS=32, VOXELS=64)
 fixed |= dict(COLUMN_SCALE=True, VOXEL_SCALE=True, RESIDUAL=True, PRECISION="tf32x3", INNER=32, COLUMNS=32, COUNT=32)
 pointers = {
-    "x", "taps", "out", "squares", "grad", "x_grad", "tap_sums", "gated", "out_grad", "gate_grad", "matrix", "outer",
+    "x", "taps", "out", "squares", "grad", "x_grad", "tap_sums", "gated", "out_grad", "convolved", "matrix", "outer",
     "column_scale", "voxel_scale", "residual", "a", "b", "sums", "products", "temperature", "project_out", "attention",
     "mixed", "query_key", "temperature_grad", "project_grad",
 }
-kernels = [(convolution, name, {}) for name in ("depthwise", "depthwise_backward", "gated_depthwise")]
+kernels = [(convolution, name, {}) for name in ("depthwise", "depthwise_backward")]
+kernels += [(convolution, name, {}) for name in ("gated_depthwise", "gate_backward")]
 kernels += [(products, "product", {"ROWS": 64, "ONE_STEP": step}) for step in (True, False)]
 kernels += [(products, "outer", {"ROWS": 32})]
 kernels += [(products, name, {}) for name in ("inverse_deviation", "normalize_backward")]

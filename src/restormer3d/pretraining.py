@@ -35,7 +35,7 @@ _RECORDINGS = 8  # further noisy recordings of a simulated scene, which the netw
 _RECORDING_WINDOWS = 100  # of a recording
 _MIXTURE_SCENES = 240  # that the usual mixture of filters and its modes are fitted to
 _VALIDATION_SHAPE = (128, 64, 64)
-_VALIDATION_WINDOWS = 4
+_VALIDATION_WINDOWS = 4  # of the validation's scene, that its mixture of filters is fitted to
 _VALIDATION_SEED = 9_000_000  # far from the seeds of training scenes and of the quality table
 
 
