@@ -55,7 +55,7 @@ def test_weights_come_back_from_disk(tmp_path):
     network = ImageNetwork((4, 6, 8))
     save_image_weights(tmp_path / "image.safetensors", network, {"seed": 0})
     _, image = noisy(12, 16)
-    restored = load_image_weights(tmp_path / "image.safetensors")
+    restored = load_image_weights(tmp_path / "image.safetensors", ImageNetwork)
     torch.testing.assert_close(denoise_image(restored, image, WHITE), denoise_image(network, image, WHITE))
 
 

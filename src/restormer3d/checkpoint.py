@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -22,11 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from restormer3d.config import ModelConfig
-from restormer3d.image_network import ImageNetwork
+from restormer3d.image_network import FootprintNetwork, ImageNetwork, UNet
 from restormer3d.model import Restormer3D
 
 SHIPPED_WEIGHTS = "restormer3d.safetensors"
 IMAGE_WEIGHTS = "static_image.safetensors"
+FOOTPRINT_WEIGHTS = "footprints.safetensors"
+
+
+AnyImageNetwork = TypeVar("AnyImageNetwork", ImageNetwork, FootprintNetwork)
 
 
 class CheckpointError(ValueError):
@@ -106,11 +110,11 @@ def weights_notes(path: str | Path) -> dict[str, Any]:
 
 def shipped_weights() -> Path | None:
     """Return the pretrained weights inside the package, None if this build has none."""
-    path = Path(str(resources.files("restormer3d"))) / "data" / SHIPPED_WEIGHTS
+    path = shipped_file(SHIPPED_WEIGHTS)
     return path if path.is_file() else None
 
 
-def save_image_weights(path: Path, network: ImageNetwork, notes: dict[str, Any]) -> None:
+def save_image_weights(path: Path, network: UNet, notes: dict[str, Any]) -> None:
     """Write weights with notes on their making to a safetensors file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     with replacing(path) as part:
@@ -118,26 +122,32 @@ def save_image_weights(path: Path, network: ImageNetwork, notes: dict[str, Any])
         part.chmod(0o644)  # safetensors writes for the owner alone
 
 
-def load_image_weights(path: Path) -> ImageNetwork:
-    """Read what :func:`save_image_weights` wrote."""
+def load_image_weights(path: Path, kind: type[AnyImageNetwork]) -> AnyImageNetwork:
+    """Read what :func:`save_image_weights` wrote of a network of this kind."""
     tensors = load_file(path)
     fine, middle, coarse = (
         tensors[f"{level}.2.weight"].shape[0] for level in ("encoder_level1", "encoder_level2", "latent")
     )
-    network = ImageNetwork((fine, middle, coarse))
+    network = kind((fine, middle, coarse))
     network.load_state_dict(tensors)
     return network
 
 
-def shipped_image_weights() -> Path:
-    """Return the weights inside the package."""
-    return Path(str(resources.files("restormer3d"))) / "data" / IMAGE_WEIGHTS
+def shipped_file(name: str) -> Path:
+    """Return the path of a file inside the package."""
+    return Path(str(resources.files("restormer3d"))) / "data" / name
 
 
 @lru_cache(maxsize=1)
 def shipped_image_network() -> ImageNetwork:
-    """Return the network with the weights in the package, on the CPU."""
-    return load_image_weights(shipped_image_weights())
+    """Return the network for the static image with the weights in the package, on the CPU."""
+    return load_image_weights(shipped_file(IMAGE_WEIGHTS), ImageNetwork)
+
+
+@lru_cache(maxsize=1)
+def shipped_footprint_network() -> FootprintNetwork:
+    """Return the network for footprints with the weights in the package, on the CPU."""
+    return load_image_weights(shipped_file(FOOTPRINT_WEIGHTS), FootprintNetwork)
 
 
 def file_sha256(path: str | Path) -> str:

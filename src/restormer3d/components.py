@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from restormer3d.checkpoint import shipped_footprint_network
 from restormer3d.filters import gaussian_matrix
+from restormer3d.footprints import denoise_footprints
+from restormer3d.principal import leading_components
 from restormer3d.tiling import hann_weights, window_starts
 
 LEAST_FRAMES = 16
@@ -29,7 +32,6 @@ _ADDED = 0.25  # deviations of noise that are added: little, so that the network
 _BLOCKS = (8, 16, 32)  # pixels: small ones follow what is near, large ones know more of it; their mean is better
 # Components of a block that are looked at one by one. Larger matrices PyTorch decomposes one after the other on CUDA.
 _MOST = 32
-_POWERS = 6  # passes to find them
 _DRAWN = 32  # frames of noise that are drawn; others are these, moved
 _CHUNK_VOXELS = 2**26  # of frames that are looked at together
 _BLOCK_VOXELS = 2**25  # of blocks that a GPU takes apart together; a CPU takes one row of them, and keeps its cache
@@ -108,7 +110,11 @@ class AddedNoise:
 
 
 def refine_by_components(
-    denoised: Iterator[np.ndarray], noisier: Iterator[np.ndarray], added: AddedNoise, device: str | torch.device = "cpu"
+    denoised: Iterator[np.ndarray],
+    noisier: Iterator[np.ndarray],
+    added: AddedNoise,
+    device: str | torch.device = "cpu",
+    static: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Reduce denoised frames to the components that stand out of noise, block by block.
 
@@ -128,6 +134,9 @@ def refine_by_components(
         The noisy stack and its noise; at least :data:`LEAST_FRAMES` frames.
     device : str or torch.device
         Where to compute; MPS leaves it to the CPU.
+    static : numpy.ndarray, optional
+        What stands still, (H, W), denoised and with the same noise everywhere (`static_image.stabilized`). If given,
+        the footprints of the strongest activity are then denoised with it (see `footprints.denoise_footprints`).
 
     Yields
     ------
@@ -150,7 +159,7 @@ def refine_by_components(
         for t in range(held, depth):
             clear[t] = next(denoised)
             response[t] = (next(noisier) - clear[t]) / _ADDED
-        refined = _refined(clear, response, added, start, torch.device(device))
+        refined = _refined(clear, response, added, start, torch.device(device), static)
         refined *= hann[:, None, None]
         blended += refined
         weight += hann
@@ -173,7 +182,12 @@ def is_held(shape: tuple[int, int, int]) -> bool:
 
 
 def _refined(
-    clear: np.ndarray, response: np.ndarray, added: AddedNoise, start: int, device: torch.device
+    clear: np.ndarray,
+    response: np.ndarray,
+    added: AddedNoise,
+    start: int,
+    device: torch.device,
+    static: np.ndarray | None,
 ) -> np.ndarray:
     """Refine a chunk of frames from `start` on, (T, H, W): the mean of what blocks of all sizes give."""
     depth = len(clear)
@@ -188,6 +202,10 @@ def _refined(
     for size in _BLOCKS:
         _add_refined(total, fields, size, _BLOCK_VOXELS if total.is_cuda else 0)
     total /= len(_BLOCKS)
+    if static is not None:
+        deviation, guide = (torch.from_numpy(x).to(where, torch.float32) for x in (np.sqrt(added.variance), static))
+        network = shipped_footprint_network().to(where)
+        total = denoise_footprints(total, fields[1], fields[3], deviation, guide, added.correlation, network)
     return total.cpu().numpy()
 
 
@@ -229,8 +247,8 @@ def _refined_blocks(*fields: Tensor) -> Tensor:
     """Refine blocks, all (blocks, T, pixels): denoised, noisy, and how noise comes out of the denoiser; that noise."""
     mean = fields[0].mean(1, keepdim=True)
     fluctuations = [x - x.mean(1, keepdim=True) for x in fields]
-    energy, components = _leading(fluctuations[0])
-    of_noise, _ = _leading(fluctuations[2])
+    energy, components = leading_components(fluctuations[0], _MOST)
+    of_noise, _ = leading_components(fluctuations[2], _MOST)
     clear, noisy, response, noise = (_Split(x, x @ components) for x in fluctuations)
     expected = _inner(noise, noise)
     more = (_noise_energy(noisy) / expected.clamp(min=_TINY)).clamp(1, _MOST_MORE)
@@ -250,32 +268,6 @@ class _Split(NamedTuple):
 
     whole: Tensor
     courses: Tensor
-
-
-def _leading(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest principal components (blocks, pixels, components) of blocks (blocks, T, pixels), and their energies.
-
-    Energies (blocks, components + 1): the last one is what is left beyond them. By powers of the covariance, which
-    find the large ones first; where the small ones mix it does not matter.
-    """
-    count = min(_MOST, x.shape[2], x.shape[1] - 1)
-    start = torch.randn(x.shape[2], count, generator=torch.Generator().manual_seed(_SEED))
-    components = start.to(x).expand(len(x), -1, -1)
-    for _ in range(_POWERS):
-        components = _orthonormal(x.mT @ (x @ components))
-    courses = x @ components
-    energy, turned = torch.linalg.eigh(courses.mT.double() @ courses.double())
-    whole = x.square().sum((1, 2), dtype=torch.float64).unsqueeze(1)
-    return torch.cat([energy, whole - energy.sum(1, keepdim=True)], 1), components @ turned.float()
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    """Orthonormal columns that span those of x (blocks, pixels, columns); those that span nothing become small."""
-    x = x.double()
-    gram = x.mT @ x
-    diagonal = gram.diagonal(dim1=1, dim2=2)  # a view
-    diagonal += 1e-12 * diagonal.mean(1, keepdim=True) + _TINY
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), x.mT, upper=False).mT.float()
 
 
 def _inner(a: _Split, b: _Split) -> Tensor:

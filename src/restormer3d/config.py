@@ -164,6 +164,9 @@ class InferenceConfig(_Config):
     components : bool
         Whether denoised blocks are reduced to the spatial components that stand out of noise (see
         `components.refine_by_components`); costs a second pass over the stack.
+    footprints : bool
+        Whether the spatial footprints of the strongest components are then denoised as images (see
+        `footprints.denoise_footprints`); only with `components`.
     static_image : bool
         Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """
@@ -176,6 +179,7 @@ class InferenceConfig(_Config):
     symmetries: Literal[1, 4, 8] = 1
     mirror_t: bool = True
     components: bool = False
+    footprints: bool = False
     static_image: bool = False
 
 
@@ -226,6 +230,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         batch_size=1,
         mirror_t=False,
         components=True,
+        footprints=True,
         static_image=True,
     )
     return model, tuned if pretrained else scratch, inference

@@ -15,8 +15,9 @@ import torch
 
 from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.checkpoint import shipped_image_weights
+from restormer3d.checkpoint import FOOTPRINT_WEIGHTS, IMAGE_WEIGHTS, shipped_file
 from restormer3d.components import LEAST_FRAMES, AddedNoise, is_held, refine_by_components
+from restormer3d.footprints import FOOTPRINT_FRAMES
 from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
@@ -27,7 +28,7 @@ from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate,
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import file_record, network_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
-from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean
+from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
 from restormer3d.training import fit
 
 Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
@@ -173,14 +174,24 @@ def _denoised_frames(
         precision=precision,
     )
     frames = denoise(source.stack, progress=progress)
-    added = _added_noise(source, noise, say) if chosen.inference.components else None
+    parts = chosen.inference
+    added = _added_noise(source, noise, say) if parts.components else None
+    static = None
+    if noise is not None and (parts.static_image or parts.footprints):
+        mean = source.normalization.invert(source.mean)
+        static = denoise_mean(mean, noise, source.stack.shape[0], source.noise_correlation, device)
+    guide = None
     if added is not None:
-        frames = refine_by_components(frames, denoise(added), added, device)
-    image_weights = None
-    if chosen.inference.static_image and noise is not None:
-        frames = _with_static_image(frames, denoise, source, noise, device)
-        image_weights = file_record(shipped_image_weights())
-    return frames, {"components": added is not None, "static_image": image_weights}
+        if static is not None and noise is not None and parts.footprints and added.shape[0] >= FOOTPRINT_FRAMES:
+            guide = stabilized(static, noise)
+        frames = refine_by_components(frames, denoise(added), added, device, guide)
+    record = {"components": added is not None, "footprints": None, "static_image": None}
+    if guide is not None:
+        record["footprints"] = file_record(shipped_file(FOOTPRINT_WEIGHTS))
+    if static is not None and parts.static_image:
+        frames = _with_static_image(frames, denoise, source, static)
+        record["static_image"] = file_record(shipped_file(IMAGE_WEIGHTS))
+    return frames, record
 
 
 def _say_plan(
@@ -237,16 +248,14 @@ def _with_static_image(
     frames: Iterator[np.ndarray],
     denoise: Callable[[Any], Iterator[np.ndarray]],
     source: TrainingStack,
-    noise: NoiseEstimate,
-    device: torch.device,
+    static: np.ndarray,
 ) -> Iterator[np.ndarray]:
-    """Replace what denoised frames have in common by the denoised temporal mean of the stack.
+    """Replace what denoised frames have in common by the denoised temporal mean of the stack, `static`.
 
     What they have in common is their mean. Of a stack too long to be held, it is what `denoise` makes of some frames
     after their mean has been shifted to that of the stack.
     """
     stack = source.stack
-    mean = source.normalization.invert(source.mean)
     if is_held(stack.shape):
         held = np.empty(stack.shape, np.float32)
         for t, frame in enumerate(frames):
@@ -255,9 +264,9 @@ def _with_static_image(
     else:
         first = max(0, (stack.shape[0] - SAMPLE_FRAMES) // 2)
         some = stack[first : first + SAMPLE_FRAMES].astype(np.float32)
-        some += mean - some.mean(0, np.float64)
+        some += source.normalization.invert(source.mean) - some.mean(0, np.float64)
         common = np.asarray(np.stack(list(denoise(some))).mean(0))
-    change = denoise_mean(mean, noise, stack.shape[0], source.noise_correlation, device) - common
+    change = static - common
     yield from (frame + change for frame in frames)
 
 

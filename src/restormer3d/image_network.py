@@ -1,7 +1,7 @@
-"""A small U-Net that denoises one image whose noise is known: what stands still in a stack.
+"""Small U-Nets that denoise images whose noise is known: what stands still in a stack, and footprints of activity.
 
-Without biases it answers twice the image, in twice the noise, with twice the result: it has no scale of its own, and
-one set of weights serves images of every brightness.
+Without biases they answer twice the image, in twice the noise, with twice the result: they have no scale of their own,
+and one set of weights serves images of every brightness.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ _STRIP_PIXELS = 2**18  # that are computed together
 _MARGIN = 48  # rows beyond a strip that its pixels depend on, and some more
 
 
-class ImageNetwork(nn.Module):
-    """A U-Net of three levels over the image, a constant, and the correlation of its noise.
+class UNet(nn.Module):
+    """A U-Net of three levels without biases, from some channels to one.
 
     Parameters
     ----------
+    channels : int
+        Of the input.
     widths : tuple of int
         Channels of the levels.
+    start : float
+        Scale of the last convolution's first weights: the answer starts close to nothing.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)):
+    def __init__(self, channels: int, widths: tuple[int, int, int], start: float = 0.05):
         super().__init__()
         fine, middle, coarse = widths
-        self.encoder_level1 = _convolutions(4, fine)
+        self.encoder_level1 = _convolutions(channels, fine)
         self.encoder_level2 = _convolutions(fine, middle)
         self.latent = _convolutions(middle, coarse)
         self.up2 = nn.ConvTranspose2d(coarse, middle, 2, 2, bias=False)
@@ -35,22 +39,68 @@ class ImageNetwork(nn.Module):
         self.decoder_level1 = _convolutions(2 * fine, fine)
         self.output = nn.Conv2d(fine, 1, 3, padding=1, bias=False)
         with torch.no_grad():
-            self.output.weight *= 0.05  # starts close to the image itself
+            self.output.weight *= start
 
-    def forward(self, image: Tensor, correlation: Tensor) -> Tensor:
-        """Denoise images (B, 1, H, W) of mean about 0, in deviations of their noise; H and W multiples of four.
-
-        `correlation` (B, 2) is that of the noise of neighbors along rows' axis (y) and columns' axis (x).
-        """
-        known = torch.cat([torch.ones_like(correlation[:, :1]), correlation], 1)[:, :, None, None]
-        x = torch.cat([image, known.expand(-1, -1, *image.shape[-2:])], 1)
+    def answer(self, x: Tensor) -> Tensor:
+        """From (B, channels, H, W) to (B, 1, H, W); H and W multiples of four."""
         x = x.contiguous(memory_format=torch.channels_last)
         first = self.encoder_level1(x)
         second = self.encoder_level2(F.max_pool2d(first, 2))
         latent = self.latent(F.max_pool2d(second, 2))
         second = self.decoder_level2(torch.cat([self.up2(latent), second], 1))
         first = self.decoder_level1(torch.cat([self.up1(second), first], 1))
-        return image - self.output(first)
+        return self.output(first)
+
+
+class ImageNetwork(UNet):
+    """For the temporal mean: it sees the image, a constant, and the correlation of the image's noise."""
+
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)):
+        super().__init__(4, widths)
+
+    def forward(self, image: Tensor, correlation: Tensor) -> Tensor:
+        """Denoise images (B, 1, H, W) of mean about 0, in deviations of their noise; H and W multiples of four.
+
+        `correlation` (B, 2) is that of the noise of neighbors along rows' axis (y) and columns' axis (x).
+        """
+        x = torch.cat([image, _everywhere(correlation, image.shape[-2:])], 1)
+        return image - self.answer(x)
+
+
+class FootprintNetwork(UNet):
+    """For spatial footprints of temporal components.
+
+    It sees what a denoised footprint leaves of the noisy one, the denoised one, the static image, how strong the
+    activity of each pixel is, a constant, and the correlation of the noise.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)):
+        super().__init__(7, widths, start=0.02)
+
+    def forward(self, noisy: Tensor, denoised: Tensor, static: Tensor, strength: Tensor, correlation: Tensor) -> Tensor:
+        """Denoise footprints (B, 1, H, W) once more; H and W multiples of four.
+
+        Parameters
+        ----------
+        noisy, denoised : Tensor
+            Footprints (B, 1, H, W) in deviations of their noise; a footprint and its negative are treated alike.
+        static : Tensor
+            The static image of each, (B, 1, H, W), of mean 0 and variance 1.
+        strength : Tensor
+            Norm over all footprints of a field, (B, 1, H, W).
+        correlation : Tensor
+            Of the noise of neighbors along y and x, (B, 2).
+        """
+        sign = denoised.pow(3).sum((1, 2, 3), keepdim=True).sign()
+        fields = [(noisy - denoised) * sign, denoised * sign, static, strength]
+        x = torch.cat([*fields, _everywhere(correlation, noisy.shape[-2:])], 1)
+        return denoised + sign * self.answer(x)
+
+
+def _everywhere(correlation: Tensor, plane: tuple[int, ...]) -> Tensor:
+    """A constant and the correlation (B, 2), as images (B, 3, H, W)."""
+    known = torch.cat([torch.ones_like(correlation[:, :1]), correlation], 1)
+    return known[:, :, None, None].expand(-1, -1, *plane)
 
 
 @torch.no_grad()

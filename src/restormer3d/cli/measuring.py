@@ -340,6 +340,78 @@ def pretrain_image(
     say(f"weights: {path}")
 
 
+@app.command
+@_answering
+def pretrain_footprints(
+    *,
+    output: Annotated[Path, Parameter(alias="-o")],
+    iterations: int = 10_000,
+    scenes: int = 1000,
+    seed: int = 1,
+    device: str = "cpu",
+    precision: Precisions = "fp32",
+    widths: Annotated[tuple[int, int, int], Parameter(negative="")] = (32, 64, 128),
+    batch_size: int = 32,
+    workers: int = 0,
+    seconds: float | None = None,
+    threads: int | None = None,
+    save_every: int = 500,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Train the small network that denoises footprints of activity, on simulated recordings that are denoised first.
+
+    Parameters
+    ----------
+    output
+        Folder of the run: scenes, weights, history, and the state to resume from.
+    iterations
+        Batches of footprints; with --seconds, at most.
+    scenes
+        Simulated recordings, one in twenty of them for validation.
+    seed
+        Of scenes, batches and initial weights.
+    device
+        cpu or cuda, for the training; scenes are prepared on the CPU.
+    precision
+        Of the training's arithmetic: bf16 is faster on CPUs with matrix units.
+    widths
+        Channels of the network's three levels.
+    batch_size
+        Footprints per iteration.
+    workers
+        Processes that prepare the scenes; with 0, the process that trains prepares them.
+    seconds
+        End the training by then, scenes aside: the learning rate falls with the time that has passed.
+    threads
+        CPU threads; by default all cores.
+    save_every
+        Iterations between two savings, each with a validation.
+    resume
+        Go on with the run in the output folder: on the CPU and without --seconds, the result is that of an
+        uninterrupted run.
+    """
+    from restormer3d.footprint_training import pretrain_footprints
+
+    set_threads(threads)
+    with progress_bars() as progress:
+        path = pretrain_footprints(
+            output,
+            iterations,
+            scenes=scenes,
+            seed=seed,
+            resume=resume,
+            save_every=save_every,
+            device=device,
+            precision=precision,
+            widths=widths,
+            batch_size=batch_size,
+            workers=workers,
+            seconds=seconds,
+            progress=progress,
+        )
+    say(f"weights: {path}")
+
+
 def _print_scores(scores: dict[str, Any], indent: str = "") -> None:
     """Print nested scores, one a line."""
     out = Console(highlight=False, soft_wrap=True)

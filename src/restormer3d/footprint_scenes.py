@@ -1,0 +1,163 @@
+"""What the network for footprints learns from: simulated recordings, denoised as far as it comes, and taken apart."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from restormer3d.checkpoint import load_state, save_state
+from restormer3d.denoising import silent, start_denoising
+from restormer3d.footprints import SIDE, context, in_deviations, lag_one, least_deviation, take_apart
+from restormer3d.noise import estimate_noise
+from restormer3d.patches import measured_stack
+from restormer3d.settings import settings
+from restormer3d.simulation import NoisyScene, random_scene_parameters, simulate_scene
+from restormer3d.simulation.images import one_thread_each
+from restormer3d.simulation.parameters import log_uniform
+from restormer3d.static_image import denoise_mean, stabilized
+
+_FRAMES = (50, 220)
+_USUAL = 0.4  # of all scenes: like the default one
+_USUAL_RADIUS = (2.0, 5.0)  # pixels
+_USUAL_RATE = (10.0, 40.0)  # Hz
+_USUAL_GAIN = (25.0, 1500.0)
+_USUAL_READ_NOISE_VARIANCE = (50.0, 3000.0)
+_NOISE = (0.5, 2.0)  # variance of a footprint's noise: beyond, the recording's noise was not found, and teaches nothing
+
+
+class FootprintScene(NamedTuple):
+    """Footprints of one scene.
+
+    Attributes
+    ----------
+    noisy, denoised, truth : Tensor
+        (footprints, H, W), in deviations of the noise of `noisy`; float16 as on disk.
+    static, strength : Tensor
+        (H, W), float16, as `footprints.context` gives them.
+    correlation : Tensor
+        Of the noise of neighbors along y and x, (2,).
+    """
+
+    noisy: Tensor
+    denoised: Tensor
+    truth: Tensor
+    static: Tensor
+    strength: Tensor
+    correlation: Tensor
+
+
+def prepare_scenes(folder: Path, seed: int, count: int, workers: int = 0) -> Iterator[int]:
+    """Write the scenes 0 to `count` - 1 that the folder does not hold yet, and give how many there are, after each.
+
+    Parameters
+    ----------
+    folder : Path
+        A scene is a file of its own: what is interrupted goes on where it was.
+    seed : int
+        Of all scenes; the same one for the same folder.
+    count : int
+        Of scenes.
+    workers : int
+        Processes, each on one thread; 0 to prepare them here.
+
+    Raises
+    ------
+    RuntimeError
+        If the processes have died.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [number for number in range(count) if not _path(folder, number).is_file()]
+    there = count - len(missing)
+    yield there
+    if not workers:
+        for number in missing:
+            _prepare(folder, seed, number)
+            there += 1
+            yield there
+        return
+    # Spawned: the caller may have started CUDA, which no fork survives.
+    spawned = multiprocessing.get_context("spawn")
+    with one_thread_each(), ProcessPoolExecutor(workers, spawned, initializer=_start) as processes:
+        for done in as_completed([processes.submit(_prepare, folder, seed, number) for number in missing]):
+            done.result()
+            there += 1
+            yield there
+
+
+def load_scene(folder: Path, number: int) -> FootprintScene | None:
+    """Read a prepared scene; None if it turned out to be of no use."""
+    parts = load_state(_path(folder, number))
+    return FootprintScene(**parts) if parts else None
+
+
+def simulated_footprints(seed: int, number: int, side: int = SIDE) -> FootprintScene | None:
+    """Simulate a recording, denoise it but for its footprints, and take it and the truth apart alike.
+
+    None if its noise is not found, or is not what the detector added.
+    """
+    rng = np.random.default_rng([seed, 5, number])
+    frames = round(log_uniform(rng, *_FRAMES))
+    scene_parameters, detector = _parameters(rng)
+    scene_seed = int(rng.integers(2**31))
+    scene = simulate_scene((frames, side, side), seed=scene_seed, **scene_parameters)
+    recorded = NoisyScene(scene, seed=scene_seed, **detector)[:]
+    noise = estimate_noise(recorded)
+    mean = recorded.mean(0, np.float64)
+    variance = noise.variance(mean)
+    if not variance.any():
+        return None
+    correlation = measured_stack(recorded, noise, "auto").noise_correlation
+    chosen = settings(iterations=0)
+    chosen = replace(chosen, inference=chosen.inference.model_copy(update={"footprints": False}))
+    cpu = torch.device("cpu")
+    denoised = start_denoising(recorded, chosen, "restormer3d", cpu, None, silent, silent).frames
+    static = torch.from_numpy(stabilized(denoise_mean(mean, noise, frames, correlation), noise))
+    stacks = (torch.from_numpy(np.asarray(x, np.float32)) for x in (np.stack(list(denoised)), recorded, scene[:]))
+    deviation = least_deviation(torch.from_numpy(np.sqrt(variance)).float())
+    clear, noisy, clean = (in_deviations(stack, deviation) for stack in stacks)
+    field = take_apart(clear, noisy)
+    truth = (field.courses.mT @ clean.flatten(1)).view_as(field.noisy)
+    if not _NOISE[0] < float((field.noisy - truth).square().mean()) < _NOISE[1]:
+        return None
+    static, strength = context(field, static)
+    return FootprintScene(
+        noisy=field.noisy.half(),
+        denoised=field.denoised.half(),
+        truth=truth.half(),
+        static=static.half(),
+        strength=strength.half(),
+        correlation=torch.tensor(lag_one(correlation)),
+    )
+
+
+def _parameters(rng: np.random.Generator) -> tuple[dict, dict]:
+    """Draw what is simulated, and the detector."""
+    if rng.random() >= _USUAL:
+        parameters = random_scene_parameters(rng)
+        return parameters["scene"], parameters["detector"]
+    scene = {"cell_radius_px": log_uniform(rng, *_USUAL_RADIUS), "frame_rate_hz": float(rng.uniform(*_USUAL_RATE))}
+    gain, read = log_uniform(rng, *_USUAL_GAIN), float(rng.uniform(*_USUAL_READ_NOISE_VARIANCE))
+    return scene, {"gain": gain, "read_noise_variance": read}
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.pt"
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
+    torch.set_num_threads(1)
+
+
+def _prepare(folder: Path, seed: int, number: int) -> None:
+    scene = simulated_footprints(seed, number)
+    save_state(_path(folder, number), scene._asdict() if scene else {})
