@@ -51,6 +51,18 @@ def test_symmetries_are_part_of_the_time():
     assert seconds[1] == pytest.approx(8 * seconds[0])
 
 
+def test_footprints_are_part_of_the_time_of_each_chunk():
+    chosen = settings()
+    without = replace(chosen, inference=chosen.inference.model_copy(update={"footprints": False}))
+
+    def seconds(frames):
+        shape, speed, cpu = (frames, 512, 512), Calibration(0.0, 0.2), torch.device("cpu")
+        return estimate(chosen, shape, speed, cpu)[0] - estimate(without, shape, speed, cpu)[0]
+
+    assert seconds(40) == 0
+    assert 0 < seconds(200) < seconds(2000)
+
+
 def test_too_little_time_is_said():
     planned, note = fit_to_time(settings("published"), SHAPE, Calibration(1.0, 100.0), 10.0)
     assert "not suffice" in note

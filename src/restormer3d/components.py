@@ -27,6 +27,8 @@ from restormer3d.tiling import hann_weights, window_starts
 
 LEAST_FRAMES = 16
 """Frames that a stack must have: fewer say nothing of what pixels do together."""
+CHUNK_OVERLAP = 0.5
+"""Share of the frames looked at together that the next ones are again, in a long stack."""
 
 _ADDED = 0.25  # deviations of noise that are added: little, so that the network weighs its filters as before
 _BLOCKS = (8, 16, 32)  # pixels: small ones follow what is near, large ones know more of it; their mean is better
@@ -151,7 +153,7 @@ def refine_by_components(
     """
     frames, height, width = added.shape
     depth = chunk_frames(added.shape)
-    starts = window_starts(frames, depth, 0.5)
+    starts = window_starts(frames, depth, CHUNK_OVERLAP)
     clear, response, blended = (np.zeros((depth, height, width), np.float32) for _ in range(3))
     hann, weight = hann_weights(depth), np.zeros(depth, np.float32)
     held = 0  # frames of this chunk that are there from the one before

@@ -14,14 +14,16 @@ import psutil
 import torch
 
 from restormer3d.arithmetic import Precision, autocast, float32_products, usable
-from restormer3d.components import chunk_frames, is_held
+from restormer3d.components import CHUNK_OVERLAP, chunk_frames, is_held
 from restormer3d.config import InferenceConfig, TrainingConfig
+from restormer3d.footprints import FOOTPRINT_FRAMES
 from restormer3d.inference import count_windows, window_size, windows_per_pass
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
 from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
 from restormer3d.settings import Settings
 from restormer3d.static_image import SAMPLE_FRAMES
+from restormer3d.tiling import window_starts
 from restormer3d.training import fit
 
 # Overlaps in time and in the plane, from the recipe's down to none: what --time-limit may choose from.
@@ -30,6 +32,7 @@ _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is 
 _TIMED_SIDE = 64  # pixels of the windows that are timed on a CPU
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 _STATIC_IMAGE = 16.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
+_FOOTPRINTS = 17.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
 _COMPONENTS = 0.7  # time to take a stack apart into components, relative to the network's for as many voxels
 
 
@@ -148,7 +151,11 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     windows = float(inference.symmetries * count_windows(shape, inference))
     if inference.components:
         windows = 2 * windows + _COMPONENTS * math.prod(shape) / math.prod(window)
-    if inference.static_image:
+    if inference.components and inference.footprints and shape[0] >= FOOTPRINT_FRAMES:
+        depth = chunk_frames(shape)
+        chunks = len(window_starts(shape[0], depth, CHUNK_OVERLAP))
+        windows += _FOOTPRINTS * chunks * math.prod(shape[1:]) / math.prod(window)
+    if inference.static_image or inference.footprints:
         windows += _STATIC_IMAGE * math.prod(shape[1:]) / math.prod(window)
     if inference.static_image and not is_held(shape):
         windows += SAMPLE_FRAMES / window[0] * count_windows((SAMPLE_FRAMES, *shape[1:]), inference)
@@ -171,10 +178,11 @@ def estimate(
     seconds = iterations * calibration.seconds_per_iteration
     seconds += _inference_seconds(shape, chosen.inference, calibration)
     frames = 4 * shape[1] * shape[2]
-    held = 3 * window_size(shape, chosen.inference)[0]
-    if chosen.inference.components:  # the stack is denoised twice, and chunks of both are compared
-        held = 2 * held + 7 * chunk_frames(shape)
-    if chosen.inference.static_image:
+    inference = chosen.inference
+    held = 3 * window_size(shape, inference)[0]
+    if inference.components:  # the stack is denoised twice, and chunks of both are compared
+        held = 2 * held + (7 + inference.footprints) * chunk_frames(shape)
+    if inference.static_image:
         held += shape[0] if is_held(shape) else 3 * SAMPLE_FRAMES
     buffers = held * frames
     if device.type == "cpu":  # the calibration has just run with everything allocated
