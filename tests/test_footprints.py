@@ -43,12 +43,12 @@ def error(x, truth):
 def test_courses_and_footprints_make_up_the_activity():
     clean, _, noisy = tensors()
     clear, recorded = (x - x.mean(0) for x in (clean, noisy))
-    field = take_apart(clear, recorded)
-    again = torch.einsum("tk,khw->thw", field.courses, field.denoised)
+    courses, denoised, of_noisy = (x[0] for x in take_apart(clear[None], recorded[None]))
+    again = torch.einsum("tk,khw->thw", courses, denoised)
     torch.testing.assert_close(again, clear, atol=1e-3, rtol=0)
-    strong = field.courses[:, -3:]  # as many as there are cells
+    strong = courses[:, -3:]  # as many as there are cells
     torch.testing.assert_close(strong.mT @ strong, torch.eye(3), atol=1e-4, rtol=0)
-    left = field.noisy[-3:] - torch.einsum("tk,thw->khw", strong, recorded)
+    left = of_noisy[-3:] - torch.einsum("tk,thw->khw", strong, recorded)
     assert float(left.abs().max()) < 1e-3
 
 
@@ -81,6 +81,13 @@ def test_fields_add_up_to_one():
     torch.testing.assert_close(out, 2 * clean - clean.mean(0), atol=5e-3, rtol=0)
 
 
+def test_fields_together_are_as_one_by_one(monkeypatch):
+    _, denoised, noisy = tensors((50, 80, 100))
+    together = refined(denoised, noisy)
+    monkeypatch.setattr(footprints, "_VOXELS", 1)
+    torch.testing.assert_close(refined(denoised, noisy), together, atol=1e-4, rtol=0)
+
+
 def test_pixels_without_noise_or_signal_do_no_harm():
     clean, denoised, noisy = tensors()
     for x in (clean, denoised, noisy):
@@ -95,14 +102,15 @@ def test_pixels_without_noise_or_signal_do_no_harm():
 
 def test_noise_that_single_pixels_do_not_tell_of():
     rng = np.random.default_rng(2)
-    noise, drawn = (torch.from_numpy(rng.normal(size=(400, 30))).float() for _ in range(2))
-    pattern = torch.ones(1, 30)
-    flicker = torch.from_numpy(rng.normal(size=(400, 1))).float() * pattern
+    noise, drawn = (torch.from_numpy(rng.normal(size=(1, 400, 30))).float() for _ in range(2))
+    pattern = torch.ones(1, 1, 30)
+    flicker = torch.from_numpy(rng.normal(size=(1, 400, 1))).float() * pattern
     slow = 3 * torch.sin(torch.arange(400) / 30)[:, None] * pattern
     assert 0.6 < float(noise_excess(pattern, noise, drawn)) < 1.4
     assert 0.6 < float(noise_excess(pattern, noise + slow, drawn)) < 1.5
     assert 20 < float(noise_excess(pattern, noise + flicker, drawn)) < 45
-    assert float(noise_excess(pattern.mul(torch.arange(30) % 2 * 2 - 1), noise + flicker, drawn)) < 1.5
+    across = pattern * (torch.arange(30) % 2 * 2 - 1)
+    assert float(noise_excess(across, noise + flicker, drawn)) < 1.5
 
 
 def test_jitter_is_not_taken_for_activity():

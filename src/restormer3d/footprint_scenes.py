@@ -16,7 +16,7 @@ from torch import Tensor
 
 from restormer3d.checkpoint import load_state, save_state
 from restormer3d.denoising import silent, start_denoising
-from restormer3d.footprints import SIDE, context, in_deviations, lag_one, least_deviation, take_apart
+from restormer3d.footprints import SIDE, context, lag_one, least_deviation, take_apart
 from restormer3d.noise import estimate_noise
 from restormer3d.patches import measured_stack
 from restormer3d.settings import settings
@@ -123,20 +123,14 @@ def simulated_footprints(seed: int, number: int, side: int = SIDE) -> FootprintS
     static = torch.from_numpy(stabilized(denoise_mean(mean, noise, frames, correlation), noise))
     stacks = (torch.from_numpy(np.asarray(x, np.float32)) for x in (np.stack(list(denoised)), recorded, scene[:]))
     deviation = least_deviation(torch.from_numpy(np.sqrt(variance)).float())
-    clear, noisy, clean = (in_deviations(stack, deviation) for stack in stacks)
-    field = take_apart(clear, noisy)
-    truth = (field.courses.mT @ clean.flatten(1)).view_as(field.noisy)
-    if not _NOISE[0] < float((field.noisy - truth).square().mean()) < _NOISE[1]:
+    clear, noisy, clean = (((x - x.mean(0)) / deviation)[None] for x in stacks)
+    fields = take_apart(clear, noisy)
+    truth = (fields.courses.mT @ clean.flatten(2)).view_as(fields.noisy)
+    if not _NOISE[0] < float((fields.noisy - truth).square().mean()) < _NOISE[1]:
         return None
-    static, strength = context(field, static)
-    return FootprintScene(
-        noisy=field.noisy.half(),
-        denoised=field.denoised.half(),
-        truth=truth.half(),
-        static=static.half(),
-        strength=strength.half(),
-        correlation=torch.tensor(lag_one(correlation)),
-    )
+    images = (fields.noisy, fields.denoised, truth, *context(fields, static[None]))
+    noisy, denoised, truth, static, strength = (x[0].half() for x in images)
+    return FootprintScene(noisy, denoised, truth, static, strength, torch.tensor(lag_one(correlation)))
 
 
 def _parameters(rng: np.random.Generator) -> tuple[dict, dict]:

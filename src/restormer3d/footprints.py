@@ -7,6 +7,7 @@ what cells, dendrites and boutons look like, and by the static image, in which m
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -26,20 +27,22 @@ FOOTPRINT_FRAMES = 48
 """Frames that a stack must have: of shorter ones the courses are not known well enough."""
 
 _OVERLAP = 0.5  # of fields
+_VOXELS = 2**23  # of fields that are looked at together
 _MOST_CORRELATION = 0.3  # that the network was trained with
 _TRUSTED, _REFUSED = 1.5, 3.0  # noise along a change, in units of the expected: up to where it is made, and not at all
 _LEAST_DEVIATION = 0.1  # of the noise, relative to the mean one
 
 
 class Footprints(NamedTuple):
-    """A field's activity in deviations of its noise, as far as a few courses make it up.
+    """The activity of fields in deviations of its noise, as far as a few courses make it up.
 
     Attributes
     ----------
     courses : Tensor
-        Orthonormal, (T, footprints).
+        Orthonormal, (fields, T, footprints).
     denoised, noisy : Tensor
-        Footprints (footprints, H, W): of the denoised fluctuations, and of the recorded ones, with noise of variance 1.
+        Footprints (fields, footprints, H, W): of the denoised fluctuations, and of the recorded ones, with noise of
+        variance 1.
     """
 
     courses: Tensor
@@ -48,14 +51,13 @@ class Footprints(NamedTuple):
 
 
 def take_apart(denoised: Tensor, noisy: Tensor) -> Footprints:
-    """Take the fluctuations of a field (T, H, W), in deviations of its noise, apart into courses and footprints."""
-    frames, *plane = denoised.shape
-    flat = denoised.reshape(1, frames, -1)
+    """Take fluctuations of fields (fields, T, H, W), in deviations of the noise, apart into courses and footprints."""
+    flat, recorded = denoised.flatten(2), noisy.flatten(2)
     energy, components = leading_components(flat, MOST)
-    norms = energy[0, :-1].clamp(min=0).sqrt().float()
-    courses = (flat @ components)[0] / norms.clamp(min=1e-12 * float(norms.max()) + 1e-30)
-    footprints = (courses.mT @ x.reshape(frames, -1) for x in (denoised, noisy))
-    return Footprints(courses, *(x.reshape(-1, *plane) for x in footprints))
+    norms = energy[:, None, :-1].clamp(min=0).sqrt().float()
+    courses = (flat @ components) / norms.clamp(min=1e-12 * float(norms.max()) + 1e-30)
+    shape = (len(flat), -1, *denoised.shape[2:])
+    return Footprints(courses, (courses.mT @ flat).view(shape), (courses.mT @ recorded).view(shape))
 
 
 @torch.no_grad()
@@ -95,52 +97,62 @@ def denoise_footprints(
     deviation = least_deviation(deviation)
     hann = torch.from_numpy(np.outer(hann_weights(rows), hann_weights(columns))).to(denoised)
     change, weight = torch.zeros_like(denoised), torch.zeros_like(deviation)
-    for top in window_starts(height, rows, _OVERLAP):
-        for left in window_starts(width, columns, _OVERLAP):
-            field = (..., slice(top, top + rows), slice(left, left + columns))
-            scale = deviation[field]
-            inside = take_apart(*(in_deviations(x[field], scale) for x in (denoised, noisy)))
-            better = answer(network, inside, static[field], lag_one(correlation))
-            by_course = (better - inside.denoised).flatten(1)
-            left = ((noisy[field] - denoised[field]) / scale).flatten(1)
-            excess = noise_excess(by_course, left, (noise[field] / scale).flatten(1))
-            by_course *= ((_REFUSED - excess) / (_REFUSED - _TRUSTED)).clamp(0, 1).unsqueeze(1)
-            change[field] += (inside.courses @ by_course).view(-1, rows, columns) * (hann * scale)
+    corners = itertools.product(window_starts(height, rows, _OVERLAP), window_starts(width, columns, _OVERLAP))
+    fields = [(..., slice(top, top + rows), slice(left, left + columns)) for top, left in corners]
+    together = max(1, _VOXELS // (len(denoised) * rows * columns))
+    for first in range(0, len(fields), together):
+        some = fields[first : first + together]
+        scale = torch.stack([deviation[field] for field in some])[:, None]
+        stacks = (torch.stack([x[field] for field in some]) for x in (denoised, noisy, noise))
+        clear, recorded, drawn = ((x - x.mean(1, keepdim=True)) / scale for x in stacks)
+        inside = take_apart(clear, recorded)
+        better = answer(network, inside, torch.stack([static[field] for field in some]), lag_one(correlation))
+        by_course = (better - inside.denoised).flatten(2)
+        excess = noise_excess(by_course, (recorded - clear).flatten(2), drawn.flatten(2))
+        by_course *= ((_REFUSED - excess) / (_REFUSED - _TRUSTED)).clamp(0, 1).unsqueeze(2)
+        changes = (inside.courses @ by_course).view_as(clear) * (hann * scale)
+        for field, of_field in zip(some, changes, strict=True):
+            change[field] += of_field
             weight[field] += hann
     return denoised + change / weight
 
 
-def answer(network: FootprintNetwork, field: Footprints, static: Tensor, correlation: tuple[float, float]) -> Tensor:
-    """Denoise the footprints of one field once more, (footprints, H, W)."""
-    count, height, width = field.noisy.shape
-    images = (field.noisy, field.denoised, *(x.expand(count, -1, -1) for x in context(field, static)))
-    padded = (F.pad(x[:, None], (0, -width % 4, 0, -height % 4), mode="replicate") for x in images)
-    known = torch.tensor([correlation], dtype=torch.float32, device=field.noisy.device)
-    return network(*padded, known.expand(count, -1))[:, 0, :height, :width]
+def answer(network: FootprintNetwork, fields: Footprints, static: Tensor, correlation: tuple[float, float]) -> Tensor:
+    """Denoise footprints once more, (fields, footprints, H, W), with the fields' static images (fields, H, W)."""
+    height, width = static.shape[1:]
+    beside = (x[:, None].expand_as(fields.noisy) for x in context(fields, static))
+    images = (x.reshape(-1, 1, height, width) for x in (fields.noisy, fields.denoised, *beside))
+    padded = [F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate") for x in images]
+    known = torch.tensor([correlation], dtype=torch.float32, device=static.device).expand(len(padded[0]), -1)
+    return network(*padded, known)[:, 0, :height, :width].reshape(fields.noisy.shape)
 
 
-def context(field: Footprints, static: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network sees beside a footprint: the static image (H, W), standardized, and the activity's strength."""
-    standardized = (static - static.mean()) / (static.std(correction=0) + 1e-9)
-    return standardized.float(), field.denoised.square().sum(0).sqrt()
+def context(fields: Footprints, static: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network sees beside footprints: static images (fields, H, W), standardized, and activity's strength."""
+    spread, mean = torch.std_mean(static, (1, 2), correction=0, keepdim=True)
+    return ((static - mean) / (spread + 1e-9)).float(), fields.denoised.square().sum(1).sqrt()
 
 
 def noise_excess(change: Tensor, left: Tensor, noise: Tensor) -> Tensor:
-    """Noise that frames hold along changes of footprints (footprints, pixels), relative to what is expected.
+    """Noise that frames hold along changes of footprints, relative to what is expected, (fields, footprints).
 
-    From differences of frames in what denoising has left (T, pixels), over one frame and over two, as signal that grows
-    with the delay has no part in them; `noise` (T, pixels) is drawn as expected. Light that flickers and a field that
-    jitters are not in the variance of single pixels, and look like activity that every frame has of its own.
+    From differences of frames over one frame and over two, as signal that grows with the delay has no part in them.
+    Light that flickers and a field that jitters are not in the variance of single pixels, and look like activity that
+    every frame has of its own.
+
+    Parameters
+    ----------
+    change : Tensor
+        (fields, footprints, pixels).
+    left : Tensor
+        What denoising has left of the frames, (fields, T, pixels).
+    noise : Tensor
+        As it is expected, (fields, T, pixels).
     """
-    direction = change.mT / change.norm(dim=1).clamp(min=1e-30)
+    direction = (change / change.norm(dim=2, keepdim=True).clamp(min=1e-30)).mT
     courses = left @ direction
-    one, two = ((courses[lag:] - courses[:-lag]).square().mean(0) / 2 for lag in (1, 2))
-    return (2 * one - two) / (noise @ direction).square().mean(0).clamp(min=1e-30)
-
-
-def in_deviations(frames: Tensor, deviation: Tensor) -> Tensor:
-    """Fluctuations of frames (T, H, W) around their mean, in deviations (H, W) of their noise."""
-    return (frames - frames.mean(0)) / deviation
+    one, two = ((courses[:, lag:] - courses[:, :-lag]).square().mean(1) / 2 for lag in (1, 2))
+    return (2 * one - two) / (noise @ direction).square().mean(1).clamp(min=1e-30)
 
 
 def least_deviation(deviation: Tensor) -> Tensor:
