@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from restormer3d import image_network
+from restormer3d.arithmetic import float32_products
 from restormer3d.checkpoint import load_image_weights, replacing, save_image_weights, shipped_image_network
 from restormer3d.image_network import ImageNetwork, denoise_image
 
@@ -40,6 +41,16 @@ def test_strips_give_what_the_whole_image_gives(monkeypatch):
     monkeypatch.setattr(image_network, "_STRIP_PIXELS", 1)
     strips = denoise_image(shipped_image_network(), image, (0.1, 0.2))
     torch.testing.assert_close(strips, whole, atol=1e-4, rtol=0)
+
+
+def test_products_are_not_rounded():
+    """A GPU would round those of convolutions to TF32 by itself."""
+    network = ImageNetwork((4, 6, 8))
+    seen = []
+    network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    with float32_products("tf32"):
+        denoise_image(network, noisy(8, 8)[1], WHITE)
+    assert seen == [False] * 4
 
 
 def test_correlated_noise_is_told_from_structure():

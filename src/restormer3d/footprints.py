@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from restormer3d.arithmetic import float32_products
 from restormer3d.image_network import FootprintNetwork
 from restormer3d.principal import leading_components
 from restormer3d.tiling import hann_weights, window_starts
@@ -124,7 +125,9 @@ def answer(network: FootprintNetwork, fields: Footprints, static: Tensor, correl
     images = (x.reshape(-1, 1, height, width) for x in (fields.noisy, fields.denoised, *beside))
     padded = [F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate") for x in images]
     known = torch.tensor([correlation], dtype=torch.float32, device=static.device).expand(len(padded[0]), -1)
-    return network(*padded, known)[:, 0, :height, :width].reshape(fields.noisy.shape)
+    with float32_products("fp32"):
+        denoised = network(*padded, known)
+    return denoised[:, 0, :height, :width].reshape(fields.noisy.shape)
 
 
 def context(fields: Footprints, static: Tensor) -> tuple[Tensor, Tensor]:

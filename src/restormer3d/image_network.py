@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restormer3d.arithmetic import float32_products
+
 _STRIP_PIXELS = 2**18  # that are computed together
 _MARGIN = 48  # rows beyond a strip that its pixels depend on, and some more
 
@@ -122,7 +124,8 @@ def denoise_image(network: ImageNetwork, image: Tensor, correlation: tuple[float
         first, last = max(top - _MARGIN, 0), min(top + step + _MARGIN, centered.shape[2])
         strip = centered[:, :, first:last]
         flips: tuple[list[int], ...] = ([], [-1], [-2], [-2, -1])
-        mean = torch.stack([network(strip.flip(axes), known).flip(axes) for axes in flips]).mean(0)
+        with float32_products("fp32"):  # rounded products would lose the noise of bright pixels
+            mean = torch.stack([network(strip.flip(axes), known).flip(axes) for axes in flips]).mean(0)
         count = min(step, height - top)
         out[top : top + count] = mean[0, 0, top - first : top - first + count, :width]
     return out + offset
