@@ -16,7 +16,8 @@ from torch import Tensor
 
 from restormer3d.checkpoint import load_state, save_state
 from restormer3d.denoising import silent, start_denoising
-from restormer3d.footprints import SIDE, context, lag_one, least_deviation, take_apart
+from restormer3d.footprints import SIDE, context, least_deviation, take_apart
+from restormer3d.image_network import lag_one
 from restormer3d.noise import estimate_noise
 from restormer3d.patches import measured_stack
 from restormer3d.settings import settings

@@ -106,7 +106,7 @@ def pretrain_footprints(
     RuntimeError
         If the workers die.
     """
-    check_run(widths, iterations, save_every, batch_size, workers, seconds)
+    check_run(run_folder, resume, widths, iterations, save_every, batch_size, workers, seconds)
     if batch_size % _PER_SCENE or scenes < 2:
         raise ValueError(
             f"expected a batch_size that is a multiple of {_PER_SCENE} and at least 2 scenes, "

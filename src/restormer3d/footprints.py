@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.image_network import FootprintNetwork
+from restormer3d.image_network import FootprintNetwork, lag_one
 from restormer3d.principal import leading_components
 from restormer3d.tiling import hann_weights, window_starts
 
@@ -29,7 +29,6 @@ FOOTPRINT_FRAMES = 48
 
 _OVERLAP = 0.5  # of fields
 _VOXELS = 2**23  # of fields that are looked at together
-_MOST_CORRELATION = 0.3  # that the network was trained with
 _TRUSTED, _REFUSED = 1.5, 3.0  # noise along a change, in units of the expected: up to where it is made, and not at all
 _LEAST_DEVIATION = 0.1  # of the noise, relative to the mean one
 
@@ -161,9 +160,3 @@ def noise_excess(change: Tensor, left: Tensor, noise: Tensor) -> Tensor:
 def least_deviation(deviation: Tensor) -> Tensor:
     """Deviations (H, W), none much below the mean one: pixels that say they have no noise would outweigh all others."""
     return deviation.clamp(min=_LEAST_DEVIATION * float(deviation.mean()) + 1e-30)
-
-
-def lag_one(correlation: tuple[tuple[float, ...], ...]) -> tuple[float, float]:
-    """Correlation of the noise of neighbors along y and x, as far as the network knows it."""
-    y, x = (min(max([*lags[1:2], 0.0]), _MOST_CORRELATION) for lags in correlation[1:])
-    return y, x

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from restormer3d.arithmetic import float32_products
 
+_MOST_CORRELATION = 0.3  # that the networks were trained with
 _STRIP_PIXELS = 2**18  # that are computed together
 _MARGIN = 48  # rows beyond a strip that its pixels depend on, and some more
 
@@ -97,6 +98,15 @@ class FootprintNetwork(UNet):
         fields = [(noisy - denoised) * sign, denoised * sign, static, strength]
         x = torch.cat([*fields, _everywhere(correlation, noisy.shape[-2:])], 1)
         return denoised + sign * self.answer(x)
+
+
+def lag_one(correlation: tuple[tuple[float, ...], ...]) -> tuple[float, float]:
+    """Correlation of the noise of neighbors along y and x, as far as the networks know it.
+
+    `correlation` is that of a voxel's noise with its neighbors' along frames, rows and columns, from lag 0 on.
+    """
+    y, x = (min(max([*lags[1:2], 0.0]), _MOST_CORRELATION) for lags in correlation[1:])
+    return y, x
 
 
 def _everywhere(correlation: Tensor, plane: tuple[int, ...]) -> Tensor:

@@ -89,7 +89,7 @@ def pretrain_image(
     RuntimeError
         If the workers die before they have drawn an image.
     """
-    check_run(widths, iterations, save_every, batch_size, workers, seconds)
+    check_run(run_folder, resume, widths, iterations, save_every, batch_size, workers, seconds)
     place, weights = torch_device(device), run_folder / IMAGE_WEIGHTS
     settings = {"iterations": iterations, "seed": seed, "widths": list(widths), "batch_size": batch_size}
 

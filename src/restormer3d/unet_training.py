@@ -68,13 +68,11 @@ def train_unet(
     Raises
     ------
     CheckpointError
-        If the folder holds a run and `resume` is not set, or one with other settings.
+        If the folder holds a run with other settings.
     """
     started = time.monotonic()
     folder, iterations, seconds = weights.parent, settings["iterations"], settings["seconds"]
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume and (folder / "state.pt").exists():
-        raise CheckpointError(f"{folder}: holds a run already; go on with --resume, or choose another folder")
     parts = _initial(build, device)
     history = _resumed(folder / "state.pt", settings, parts) if resume else []
     done, before = (history[-1]["iteration"], history[-1]["seconds"]) if history else (0, 0.0)
@@ -105,9 +103,19 @@ def train_unet(
 
 
 def check_run(
-    widths: tuple[int, ...], iterations: int, save_every: int, batch_size: int, workers: int, seconds: float | None
+    run_folder: Path,
+    resume: bool,
+    widths: tuple[int, ...],
+    iterations: int,
+    save_every: int,
+    batch_size: int,
+    workers: int,
+    seconds: float | None,
 ) -> None:
-    """Raise ValueError where a number is out of range."""
+    """Before anything is computed: raise ValueError where a number is out of range.
+
+    CheckpointError if the folder holds a run and `resume` is not set.
+    """
     if min(*widths, iterations, save_every, batch_size) < 1:
         raise ValueError(
             "expected widths, iterations, save_every and batch_size of at least 1, "
@@ -115,6 +123,8 @@ def check_run(
         )
     if workers < 0 or (seconds is not None and seconds <= 0):
         raise ValueError(f"expected workers of at least 0 and seconds above 0, got {workers} and {seconds}")
+    if not resume and (run_folder / "state.pt").exists():
+        raise CheckpointError(f"{run_folder}: holds a run already; go on with --resume, or choose another folder")
 
 
 def _initial(build: Callable[[], UNet], device: torch.device) -> dict[str, Any]:
