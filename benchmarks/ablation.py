@@ -37,11 +37,13 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     "**as they are: not fine-tuned**": (True, _AS_THEY_ARE),
     "the mixture of filters not fitted to the stack": (True, {"training": {"iterations": 0, "adapt_mixture": False}}),
     "the fitted mixture alone, without the network": (False, _AS_THEY_ARE),
+    "without courses denoised once more": (True, _AS_THEY_ARE | {"inference": {"courses": False}}),
     "without footprints denoised once more": (True, _AS_THEY_ARE | {"inference": {"footprints": False}}),
-    "without components and footprints": (True, _AS_THEY_ARE | {"inference": {"components": False}}),
+    "without both": (True, _AS_THEY_ARE | {"inference": {"courses": False, "footprints": False}}),
+    "without components and both": (True, _AS_THEY_ARE | {"inference": {"components": False}}),
     "without the static image denoised once more": (True, _AS_THEY_ARE | {"inference": {"static_image": False}}),
-    "without all three": (True, _AS_THEY_ARE | {"inference": {"components": False, "static_image": False}}),
-    "without all three, windows mirrored at the ends of the stack": (
+    "without all four": (True, _AS_THEY_ARE | {"inference": {"components": False, "static_image": False}}),
+    "without all four, windows mirrored at the ends of the stack": (
         True,
         _AS_THEY_ARE | {"inference": {"components": False, "static_image": False, "mirror_t": True}},
     ),

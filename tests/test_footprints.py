@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import footprints
 from restormer3d.arithmetic import float32_products
 from restormer3d.baselines import gaussian_frames
 from restormer3d.checkpoint import shipped_footprint_network
 from restormer3d.denoising import silent, start_denoising
+from restormer3d.fields import FIELD_FRAMES
 from restormer3d.footprints import denoise_footprints, lag_one, noise_excess, take_apart
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
@@ -89,21 +89,6 @@ def test_products_are_not_rounded():
     assert seen == [False]
 
 
-def test_fields_add_up_to_one():
-    """A network that answers with twice the footprint doubles the activity, wherever fields overlap."""
-    clean, _, _ = tensors((50, 80, 100))
-    out = refined(clean, clean, network=lambda noisy, denoised, *_: 2 * denoised)
-    torch.testing.assert_close(out, 2 * clean - clean.mean(0), atol=5e-3, rtol=0)
-
-
-def test_fields_together_are_as_one_by_one(monkeypatch):
-    clean, _, noisy = tensors((50, 80, 100))  # the smoothed noise of the other one has components as strong as others
-    together = refined(clean, noisy)
-    assert float((together - clean).abs().max()) > 0.1
-    monkeypatch.setattr(footprints, "_VOXELS", 1)
-    torch.testing.assert_close(refined(clean, noisy), together, atol=1e-3, rtol=0)
-
-
 def test_pixels_without_noise_or_signal_do_no_harm():
     clean, denoised, noisy = tensors()
     for x in (clean, denoised, noisy):
@@ -166,6 +151,6 @@ def test_denoising_uses_them(monkeypatch):
     errors = [np.square((x - x.mean(0)) - (clean - clean.mean(0))).mean() for x in (out, without)]
     assert errors[0] < 0.97 * errors[1]
     np.testing.assert_allclose(out.mean(0), without.mean(0), rtol=1e-3)  # of the static image nothing is said
-    short, record = denoised(footprints.FOOTPRINT_FRAMES - 1)
+    short, record = denoised(FIELD_FRAMES - 1)
     assert record["footprints"] is None
-    assert len(short) == footprints.FOOTPRINT_FRAMES - 1
+    assert len(short) == FIELD_FRAMES - 1

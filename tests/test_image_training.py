@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from restormer3d import image_pairs, image_training
-from restormer3d.checkpoint import CheckpointError, load_image_weights
+from restormer3d.checkpoint import CheckpointError, load_unet
 from restormer3d.cli import app
-from restormer3d.image_network import ImageNetwork
 from restormer3d.image_training import pretrain_image
+from restormer3d.unets import ImageNetwork
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def history_of(folder):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    whole = load_image_weights(pretrain_image(tmp_path / "whole", 4, save_every=2, batch_size=2), ImageNetwork)
+    whole = load_unet(pretrain_image(tmp_path / "whole", 4, save_every=2, batch_size=2), ImageNetwork)
 
     def kill(_, done, __):
         if done == 3:
@@ -49,10 +49,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pretrain_image(tmp_path / "killed", 4, save_every=2, batch_size=2, progress=kill)
     assert history_of(tmp_path / "killed")[-1]["iteration"] == 2  # what there is at any time can be used
-    load_image_weights(tmp_path / "killed" / "static_image.safetensors", ImageNetwork)
-    resumed = load_image_weights(
-        pretrain_image(tmp_path / "killed", 4, save_every=2, batch_size=2, resume=True), ImageNetwork
-    )
+    load_unet(tmp_path / "killed" / "static_image.safetensors", ImageNetwork)
+    resumed = load_unet(pretrain_image(tmp_path / "killed", 4, save_every=2, batch_size=2, resume=True), ImageNetwork)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
     history = history_of(tmp_path / "killed")
@@ -67,7 +65,7 @@ def test_images_of_other_processes(tmp_path):
     history = history_of(tmp_path)
     assert [entry["iteration"] for entry in history] == [5, 8]
     assert history[-1]["error"] < 1.5 * history[-1]["error_of_noisy"]
-    network = load_image_weights(tmp_path / "static_image.safetensors", ImageNetwork)
+    network = load_unet(tmp_path / "static_image.safetensors", ImageNetwork)
     assert network.latent[2].weight.shape[0] == 8
     assert pretrain_image(tmp_path, 8, save_every=5, resume=True, **arguments).is_file()
     assert not multiprocessing.active_children()

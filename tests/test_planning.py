@@ -51,9 +51,10 @@ def test_symmetries_are_part_of_the_time():
     assert seconds[1] == pytest.approx(8 * seconds[0])
 
 
-def test_footprints_are_part_of_the_time_of_each_chunk():
+@pytest.mark.parametrize("part", ["footprints", "courses"])
+def test_activity_is_part_of_the_time_of_each_chunk(part):
     chosen = settings()
-    without = replace(chosen, inference=chosen.inference.model_copy(update={"footprints": False}))
+    without = replace(chosen, inference=chosen.inference.model_copy(update={part: False}))
 
     def seconds(frames):
         shape, speed, cpu = (frames, 512, 512), Calibration(0.0, 0.2), torch.device("cpu")

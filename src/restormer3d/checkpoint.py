@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
@@ -22,15 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from restormer3d.config import ModelConfig
-from restormer3d.image_network import FootprintNetwork, ImageNetwork, UNet
 from restormer3d.model import Restormer3D
+from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork, UNet
 
 SHIPPED_WEIGHTS = "restormer3d.safetensors"
 IMAGE_WEIGHTS = "static_image.safetensors"
 FOOTPRINT_WEIGHTS = "footprints.safetensors"
+COURSE_WEIGHTS = "courses.safetensors"
 
-
-AnyImageNetwork = TypeVar("AnyImageNetwork", ImageNetwork, FootprintNetwork)
+AnyUNet = TypeVar("AnyUNet", bound=UNet)
 
 
 class CheckpointError(ValueError):
@@ -114,7 +114,7 @@ def shipped_weights() -> Path | None:
     return path if path.is_file() else None
 
 
-def save_image_weights(path: Path, network: UNet, notes: dict[str, Any]) -> None:
+def save_unet(path: Path, network: UNet, notes: dict[str, Any]) -> None:
     """Write weights with notes on their making to a safetensors file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     with replacing(path) as part:
@@ -122,8 +122,8 @@ def save_image_weights(path: Path, network: UNet, notes: dict[str, Any]) -> None
         part.chmod(0o644)  # safetensors writes for the owner alone
 
 
-def load_image_weights(path: Path, kind: type[AnyImageNetwork]) -> AnyImageNetwork:
-    """Read what :func:`save_image_weights` wrote of a network of this kind."""
+def load_unet(path: Path, kind: Callable[[tuple[int, int, int]], AnyUNet]) -> AnyUNet:
+    """Read what :func:`save_unet` wrote of a network of this kind."""
     tensors = load_file(path)
     fine, middle, coarse = (
         tensors[f"{level}.2.weight"].shape[0] for level in ("encoder_level1", "encoder_level2", "latent")
@@ -141,13 +141,19 @@ def shipped_file(name: str) -> Path:
 @lru_cache(maxsize=1)
 def shipped_image_network() -> ImageNetwork:
     """Return the network for the static image with the weights in the package, on the CPU."""
-    return load_image_weights(shipped_file(IMAGE_WEIGHTS), ImageNetwork)
+    return load_unet(shipped_file(IMAGE_WEIGHTS), ImageNetwork)
 
 
 @lru_cache(maxsize=1)
 def shipped_footprint_network() -> FootprintNetwork:
     """Return the network for footprints with the weights in the package, on the CPU."""
-    return load_image_weights(shipped_file(FOOTPRINT_WEIGHTS), FootprintNetwork)
+    return load_unet(shipped_file(FOOTPRINT_WEIGHTS), FootprintNetwork)
+
+
+@lru_cache(maxsize=1)
+def shipped_course_network() -> CourseNetwork:
+    """Return the network for courses with the weights in the package, on the CPU."""
+    return load_unet(shipped_file(COURSE_WEIGHTS), CourseNetwork)
 
 
 def file_sha256(path: str | Path) -> str:

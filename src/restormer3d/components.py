@@ -8,7 +8,7 @@ look is measured: the stack is denoised a second time with a little more noise o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restormer3d.checkpoint import shipped_footprint_network
 from restormer3d.filters import gaussian_matrix
-from restormer3d.footprints import denoise_footprints
 from restormer3d.principal import leading_components
 from restormer3d.tiling import hann_weights, window_starts
 
@@ -49,6 +47,11 @@ _SLOW_RELIABLE = 0.75  # of a component: others are partly made of the very nois
 _SEED = 0
 _MOST_MORE = 100.0  # noise that a component may have, in units of the noise expected: flicker, jitter of the field
 _TINY = 1e-30
+
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From denoised frames (T, H, W), the noisy ones but for an image, noise like theirs and its deviation (H, W) to
+denoised frames."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def refine_by_components(
     noisier: Iterator[np.ndarray],
     added: AddedNoise,
     device: str | torch.device = "cpu",
-    static: np.ndarray | None = None,
+    then: Sequence[Step] = (),
 ) -> Iterator[np.ndarray]:
     """Reduce denoised frames to the components that stand out of noise, block by block.
 
@@ -135,10 +138,9 @@ def refine_by_components(
     added : AddedNoise
         The noisy stack and its noise; at least :data:`LEAST_FRAMES` frames.
     device : str or torch.device
-        Where to compute; MPS leaves it to the CPU.
-    static : numpy.ndarray, optional
-        What stands still, (H, W), denoised and with the same noise everywhere (`static_image.stabilized`). If given,
-        the footprints of the strongest activity are then denoised with it (see `footprints.denoise_footprints`).
+        Where to compute, see :func:`computing_device`.
+    then : sequence of Step
+        What is done with the result, chunk by chunk.
 
     Yields
     ------
@@ -161,7 +163,7 @@ def refine_by_components(
         for t in range(held, depth):
             clear[t] = next(denoised)
             response[t] = (next(noisier) - clear[t]) / _ADDED
-        refined = _refined(clear, response, added, start, torch.device(device), static)
+        refined = _refined(clear, response, added, start, computing_device(device), then)
         refined *= hann[:, None, None]
         blended += refined
         weight += hann
@@ -171,6 +173,11 @@ def refine_by_components(
         for values in (clear, response, blended, weight):
             values[:held] = values[done:].copy()
         blended[held:], weight[held:] = 0, 0
+
+
+def computing_device(device: str | torch.device) -> torch.device:
+    """Where components are computed: MPS, which has no float64, leaves it to the CPU."""
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)
 
 
 def chunk_frames(shape: tuple[int, int, int]) -> int:
@@ -189,7 +196,7 @@ def _refined(
     added: AddedNoise,
     start: int,
     device: torch.device,
-    static: np.ndarray | None,
+    then: Sequence[Step],
 ) -> np.ndarray:
     """Refine a chunk of frames from `start` on, (T, H, W): the mean of what blocks of all sizes give."""
     depth = len(clear)
@@ -197,17 +204,15 @@ def _refined(
     mean = recorded.mean(0, dtype=np.float64)  # taken off as recorded: a large offset would cost digits
     for frame, as_recorded in zip(noisy, recorded, strict=True):
         frame[:] = as_recorded - mean
-    where = torch.device("cpu") if device.type == "mps" else device
     noise = added.noise(start, start + depth)
-    fields = [torch.from_numpy(values).to(where) for values in (clear, noisy, response, noise)]
+    fields = [torch.from_numpy(values).to(device) for values in (clear, noisy, response, noise)]
     total = torch.zeros_like(fields[0])
     for size in _BLOCKS:
         _add_refined(total, fields, size, _BLOCK_VOXELS if total.is_cuda else 0)
     total /= len(_BLOCKS)
-    if static is not None:
-        deviation, guide = (torch.from_numpy(x).to(where, torch.float32) for x in (np.sqrt(added.variance), static))
-        network = shipped_footprint_network().to(where)
-        total = denoise_footprints(total, fields[1], fields[3], deviation, guide, added.correlation, network)
+    deviation = torch.from_numpy(np.sqrt(added.variance)).to(device, torch.float32)
+    for step in then:
+        total = step(total, fields[1], fields[3], deviation)
     return total.cpu().numpy()
 
 

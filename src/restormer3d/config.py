@@ -167,6 +167,8 @@ class InferenceConfig(_Config):
     footprints : bool
         Whether the spatial footprints of the strongest components are then denoised as images (see
         `footprints.denoise_footprints`); only with `components`.
+    courses : bool
+        Whether their courses in time are then denoised (see `courses.denoise_courses`); only with `components`.
     static_image : bool
         Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """
@@ -180,6 +182,7 @@ class InferenceConfig(_Config):
     mirror_t: bool = True
     components: bool = False
     footprints: bool = False
+    courses: bool = False
     static_image: bool = False
 
 
@@ -231,6 +234,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         mirror_t=False,
         components=True,
         footprints=True,
+        courses=True,
         static_image=True,
     )
     return model, tuned if pretrained else scratch, inference

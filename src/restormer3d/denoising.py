@@ -15,9 +15,26 @@ import torch
 
 from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.checkpoint import FOOTPRINT_WEIGHTS, IMAGE_WEIGHTS, shipped_file
-from restormer3d.components import LEAST_FRAMES, AddedNoise, is_held, refine_by_components
-from restormer3d.footprints import FOOTPRINT_FRAMES
+from restormer3d.checkpoint import (
+    COURSE_WEIGHTS,
+    FOOTPRINT_WEIGHTS,
+    IMAGE_WEIGHTS,
+    shipped_course_network,
+    shipped_file,
+    shipped_footprint_network,
+)
+from restormer3d.components import (
+    LEAST_FRAMES,
+    AddedNoise,
+    Step,
+    computing_device,
+    is_held,
+    refine_by_components,
+)
+from restormer3d.config import InferenceConfig
+from restormer3d.courses import denoise_courses
+from restormer3d.fields import FIELD_FRAMES
+from restormer3d.footprints import denoise_footprints
 from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
@@ -180,18 +197,40 @@ def _denoised_frames(
     if noise is not None and (parts.static_image or parts.footprints):
         mean = source.normalization.invert(source.mean)
         static = denoise_mean(mean, noise, source.stack.shape[0], source.noise_correlation, device)
-    guide = None
+    steps = _activity_steps(parts, added, static, noise, computing_device(device)) if added and noise else {}
     if added is not None:
-        if static is not None and noise is not None and parts.footprints and added.shape[0] >= FOOTPRINT_FRAMES:
-            guide = stabilized(static, noise)
-        frames = refine_by_components(frames, denoise(added), added, device, guide)
-    record = {"components": added is not None, "footprints": None, "static_image": None}
-    if guide is not None:
-        record["footprints"] = file_record(shipped_file(FOOTPRINT_WEIGHTS))
+        frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()))
     if static is not None and parts.static_image:
         frames = _with_static_image(frames, denoise, source, static)
+    used = {"footprints": FOOTPRINT_WEIGHTS, "courses": COURSE_WEIGHTS}
+    record = {name: file_record(shipped_file(file)) if name in steps else None for name, file in used.items()}
+    record |= {"components": added is not None, "static_image": None}
+    if static is not None and parts.static_image:
         record["static_image"] = file_record(shipped_file(IMAGE_WEIGHTS))
     return frames, record
+
+
+def _activity_steps(
+    parts: InferenceConfig,
+    added: AddedNoise,
+    static: np.ndarray | None,
+    noise: NoiseEstimate,
+    device: torch.device,
+) -> dict[str, Step]:
+    """What is done with components by networks of their own, by name."""
+    steps: dict[str, Step] = {}
+    if added.shape[0] < FIELD_FRAMES:
+        return steps
+    if parts.footprints and static is not None:
+        steps["footprints"] = partial(
+            denoise_footprints,
+            static=torch.from_numpy(stabilized(static, noise)).to(device, torch.float32),
+            correlation=added.correlation,
+            network=shipped_footprint_network().to(device),
+        )
+    if parts.courses:
+        steps["courses"] = partial(denoise_courses, network=shipped_course_network().to(device))
+    return steps
 
 
 def _say_plan(

@@ -7,30 +7,16 @@ what cells, dendrites and boutons look like, and by the static image, in which m
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.image_network import FootprintNetwork, lag_one
+from restormer3d.fields import MOST, Fields, change_fields, followed
 from restormer3d.principal import leading_components
-from restormer3d.tiling import hann_weights, window_starts
-
-SIDE = 64
-"""Pixels of a field."""
-MOST = 24
-"""Footprints of a field at most."""
-FOOTPRINT_FRAMES = 48
-"""Frames that a stack must have: of shorter ones the courses are not known well enough."""
-
-_OVERLAP = 0.5  # of fields
-_VOXELS = 2**23  # of fields that are looked at together
-_TRUSTED, _REFUSED = 1.5, 3.0  # noise along a change, in units of the expected: up to where it is made, and not at all
-_LEAST_DEVIATION = 0.1  # of the noise, relative to the mean one
+from restormer3d.unets import FootprintNetwork, lag_one
 
 
 class Footprints(NamedTuple):
@@ -92,29 +78,16 @@ def denoise_footprints(
     Tensor
         Frames (T, H, W) with the mean over time of `denoised`.
     """
-    height, width = deviation.shape
-    rows, columns = min(SIDE, height), min(SIDE, width)
-    deviation = least_deviation(deviation)
-    hann = torch.from_numpy(np.outer(hann_weights(rows), hann_weights(columns))).to(denoised)
-    change, weight = torch.zeros_like(denoised), torch.zeros_like(deviation)
-    corners = itertools.product(window_starts(height, rows, _OVERLAP), window_starts(width, columns, _OVERLAP))
-    fields = [(..., slice(top, top + rows), slice(left, left + columns)) for top, left in corners]
-    together = max(1, _VOXELS // (len(denoised) * rows * columns))
-    for first in range(0, len(fields), together):
-        some = fields[first : first + together]
-        scale = torch.stack([deviation[field] for field in some])[:, None]
-        stacks = (torch.stack([x[field] for field in some]) for x in (denoised, noisy, noise))
-        clear, recorded, drawn = ((x - x.mean(1, keepdim=True)) / scale for x in stacks)
-        inside = take_apart(clear, recorded)
-        better = answer(network, inside, torch.stack([static[field] for field in some]), lag_one(correlation))
-        by_course = (better - inside.denoised).flatten(2)
-        excess = noise_excess(by_course, (recorded - clear).flatten(2), drawn.flatten(2))
-        by_course *= ((_REFUSED - excess) / (_REFUSED - _TRUSTED)).clamp(0, 1).unsqueeze(2)
-        changes = (inside.courses @ by_course).view_as(clear) * (hann * scale)
-        for field, of_field in zip(some, changes, strict=True):
-            change[field] += of_field
-            weight[field] += hann
-    return denoised + change / weight
+    known = lag_one(correlation)
+
+    def change(fields: Fields) -> Tensor:
+        inside = take_apart(fields.denoised, fields.noisy)
+        by_course = (answer(network, inside, fields.cut(static), known) - inside.denoised).flatten(2)
+        left = (fields.noisy - fields.denoised).flatten(2)
+        by_course *= followed(noise_excess(by_course, left, fields.noise.flatten(2))).unsqueeze(2)
+        return (inside.courses @ by_course).view_as(fields.denoised)
+
+    return change_fields(denoised, noisy, noise, deviation, change)
 
 
 def answer(network: FootprintNetwork, fields: Footprints, static: Tensor, correlation: tuple[float, float]) -> Tensor:
@@ -155,8 +128,3 @@ def noise_excess(change: Tensor, left: Tensor, noise: Tensor) -> Tensor:
     courses = left @ direction
     one, two = ((courses[:, lag:] - courses[:, :-lag]).square().mean(1) / 2 for lag in (1, 2))
     return (2 * one - two) / (noise @ direction).square().mean(1).clamp(min=1e-30)
-
-
-def least_deviation(deviation: Tensor) -> Tensor:
-    """Deviations (H, W), none much below the mean one: pixels that say they have no noise would outweigh all others."""
-    return deviation.clamp(min=_LEAST_DEVIATION * float(deviation.mean()) + 1e-30)

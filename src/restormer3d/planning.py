@@ -16,7 +16,7 @@ import torch
 from restormer3d.arithmetic import Precision, autocast, float32_products, usable
 from restormer3d.components import CHUNK_OVERLAP, chunk_frames, is_held
 from restormer3d.config import InferenceConfig, TrainingConfig
-from restormer3d.footprints import FOOTPRINT_FRAMES
+from restormer3d.fields import FIELD_FRAMES
 from restormer3d.inference import count_windows, window_size, windows_per_pass
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
@@ -29,10 +29,11 @@ from restormer3d.training import fit
 # Overlaps in time and in the plane, from the recipe's down to none: what --time-limit may choose from.
 _OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
-_TIMED_SIDE = 64  # pixels of the windows that are timed on a CPU
+_TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at most
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 _STATIC_IMAGE = 16.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
-_FOOTPRINTS = 17.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
+_FOOTPRINTS = 50.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
+_FIELDS = 0.1  # time to take fields apart, for footprints and for courses, relative to the network's for as many voxels
 _COMPONENTS = 0.7  # time to take a stack apart into components, relative to the network's for as many voxels
 
 
@@ -85,10 +86,11 @@ def _now(device: torch.device) -> float:
 def _seconds_per_window(
     model: Restormer3D, window: tuple[int, int, int], batch_size: int, device: torch.device, precision: Precision
 ) -> float:
-    frames, *plane = window
+    sides = window
     if device.type == "cpu":  # a part of a large one is timed as well in less time
-        plane = [min(side, _TIMED_SIDE) for side in plane]
-    noisy = torch.rand(batch_size, 1, frames, *plane, device=device)
+        frames, height, width = (min(side, _TIMED_SIDE) for side in window)
+        sides = (frames, height, width)
+    noisy = torch.rand(batch_size, 1, *sides, device=device)
     mean = noisy.mean(2, keepdim=True)
     background = torch.cat([mean, torch.full_like(mean, 1 / window[0]), torch.zeros_like(mean)], 1)
     started = 0.0
@@ -96,7 +98,7 @@ def _seconds_per_window(
         started = time.monotonic()
         with float32_products(precision), autocast(device, precision):
             model(noisy, background).sum().item()  # .item() waits for the device
-    return (time.monotonic() - started) / batch_size * math.prod(window[1:]) / math.prod(plane)
+    return (time.monotonic() - started) / batch_size * math.prod(window) / math.prod(sides)
 
 
 def fit_to_time(
@@ -151,10 +153,11 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     windows = float(inference.symmetries * count_windows(shape, inference))
     if inference.components:
         windows = 2 * windows + _COMPONENTS * math.prod(shape) / math.prod(window)
-    if inference.components and inference.footprints and shape[0] >= FOOTPRINT_FRAMES:
+    if inference.components and shape[0] >= FIELD_FRAMES:
         depth = chunk_frames(shape)
         chunks = len(window_starts(shape[0], depth, CHUNK_OVERLAP))
-        windows += _FOOTPRINTS * chunks * math.prod(shape[1:]) / math.prod(window)
+        voxels = inference.footprints * _FOOTPRINTS + (inference.footprints + inference.courses) * _FIELDS * depth
+        windows += voxels * chunks * math.prod(shape[1:]) / math.prod(window)
     if inference.static_image or inference.footprints:
         windows += _STATIC_IMAGE * math.prod(shape[1:]) / math.prod(window)
     if inference.static_image and not is_held(shape):
@@ -181,7 +184,7 @@ def estimate(
     inference = chosen.inference
     held = 3 * window_size(shape, inference)[0]
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
-        held = 2 * held + (7 + inference.footprints) * chunk_frames(shape)
+        held = 2 * held + (7 + (inference.footprints or inference.courses)) * chunk_frames(shape)
     if inference.static_image:
         held += shape[0] if is_held(shape) else 3 * SAMPLE_FRAMES
     buffers = held * frames

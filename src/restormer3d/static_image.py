@@ -11,8 +11,8 @@ import torch
 
 from restormer3d.checkpoint import shipped_image_network
 from restormer3d.filters import smooth_plane
-from restormer3d.image_network import denoise_image, lag_one
 from restormer3d.noise import NoiseEstimate
+from restormer3d.unets import denoise_image, lag_one
 
 SAMPLE_FRAMES = 64
 """Of a stack too long to be held: they show what its denoised frames have in common."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.checkpoint import CheckpointError, load_state, save_history, save_image_weights, save_state
-from restormer3d.image_network import UNet
+from restormer3d.checkpoint import CheckpointError, load_state, save_history, save_state, save_unet
 from restormer3d.training import Progress, update_average
+from restormer3d.unets import UNet
 
 _LEARNING_RATE = 1e-3
 _RAMP = 100  # iterations in which it rises
@@ -179,7 +179,7 @@ def _resumed(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> lis
 
 
 def _keep(weights: Path, settings: dict[str, Any], history: list[dict[str, Any]], parts: dict[str, Any]) -> None:
-    save_image_weights(weights, parts["average"], settings | {"last": history[-1]})
+    save_unet(weights, parts["average"], settings | {"last": history[-1]})
     save_history(weights.parent / "history.jsonl", history)
     state = {name: part.state_dict() for name, part in parts.items()}
     save_state(weights.parent / "state.pt", state | {"settings": settings, "history": history})

@@ -10,10 +10,10 @@ import sys
 
 from cyclopts import CycloptsError
 
-from restormer3d.cli import denoising, measuring
+from restormer3d.cli import denoising, measuring, training
 from restormer3d.cli.terminal import app, refuse, say
 
-__all__ = ["app", "denoising", "main", "measuring"]
+__all__ = ["app", "denoising", "main", "measuring", "training"]
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from functools import wraps
+from typing import Literal, ParamSpec
 
 from cyclopts import App
 from rich.console import Console
@@ -14,6 +15,8 @@ app = App(
     help="Denoise two-photon calcium imaging stacks from the noisy stack alone.",
     suppress_keyboard_interrupt=False,  # main() says what became of the output
 )
+
+_Arguments = ParamSpec("_Arguments")
 
 Methods = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
 Engines = Literal["auto", "reference", "cpu", "cuda"]
@@ -32,6 +35,23 @@ def refuse(error: Exception) -> int:
     """Say what is wrong with the arguments; 2 is the exit status for that."""
     say(f"bad arguments: {error}")
     return 2
+
+
+def answering(command: Callable[_Arguments, None]) -> Callable[_Arguments, int]:
+    """Let a command end with an exit status, and say what was wrong: 2 for bad arguments, 1 for other failures."""
+
+    @wraps(command)
+    def answer(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
+        try:
+            command(*args, **kwargs)
+        except ValueError as error:
+            return refuse(error)
+        except (OSError, RuntimeError) as error:
+            say(f"failed: {error}")
+            return 1
+        return 0
+
+    return answer
 
 
 def set_threads(threads: int | None) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from restormer3d import image_network
+from restormer3d import unets
 from restormer3d.arithmetic import float32_products
-from restormer3d.checkpoint import load_image_weights, replacing, save_image_weights, shipped_image_network
-from restormer3d.image_network import ImageNetwork, denoise_image
+from restormer3d.checkpoint import load_unet, replacing, save_unet, shipped_image_network
+from restormer3d.unets import ImageNetwork, denoise_image
 
 WHITE = (0.0, 0.0)
 
@@ -38,7 +38,7 @@ def test_noise_falls_and_an_offset_changes_nothing():
 def test_strips_give_what_the_whole_image_gives(monkeypatch):
     _, image = noisy(203, 30)
     whole = denoise_image(shipped_image_network(), image, (0.1, 0.2))
-    monkeypatch.setattr(image_network, "_STRIP_PIXELS", 1)
+    monkeypatch.setattr(unets, "_STRIP_PIXELS", 1)
     strips = denoise_image(shipped_image_network(), image, (0.1, 0.2))
     torch.testing.assert_close(strips, whole, atol=1e-4, rtol=0)
 
@@ -64,15 +64,15 @@ def test_correlated_noise_is_told_from_structure():
 def test_weights_come_back_from_disk(tmp_path):
     torch.manual_seed(0)
     network = ImageNetwork((4, 6, 8))
-    save_image_weights(tmp_path / "image.safetensors", network, {"seed": 0})
+    save_unet(tmp_path / "image.safetensors", network, {"seed": 0})
     _, image = noisy(12, 16)
-    restored = load_image_weights(tmp_path / "image.safetensors", ImageNetwork)
+    restored = load_unet(tmp_path / "image.safetensors", ImageNetwork)
     torch.testing.assert_close(denoise_image(restored, image, WHITE), denoise_image(network, image, WHITE))
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "image.safetensors"
-    save_image_weights(path, ImageNetwork((4, 6, 8)), {})
+    save_unet(path, ImageNetwork((4, 6, 8)), {})
     written = path.read_bytes()
 
     def fail():

@@ -1,10 +1,12 @@
-"""Small U-Nets that denoise images whose noise is known: what stands still in a stack, and footprints of activity.
+"""Small U-Nets that denoise what is left to denoise, where the noise is known.
 
-Without biases they answer twice the image, in twice the noise, with twice the result: they have no scale of their own,
-and one set of weights serves images of every brightness.
+What stands still in a stack, footprints of activity, and courses of activity in time. Values come in deviations of
+their noise.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from restormer3d.arithmetic import float32_products
 
+_LAYERS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d)}
 _MOST_CORRELATION = 0.3  # that the networks were trained with
 _STRIP_PIXELS = 2**18  # that are computed together
 _MARGIN = 48  # rows beyond a strip that its pixels depend on, and some more
@@ -28,28 +31,49 @@ class UNet(nn.Module):
         Channels of the levels.
     start : float
         Scale of the last convolution's first weights: the answer starts close to nothing.
+    dimensions : int
+        2 for images, 1 for courses in time.
+    kernel : int
+        Pixels or frames of a convolution along each axis.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, int, int], start: float = 0.05):
+    def __init__(
+        self,
+        channels: int,
+        widths: tuple[int, int, int],
+        start: float = 0.05,
+        dimensions: Literal[1, 2] = 2,
+        kernel: int = 3,
+    ):
         super().__init__()
         fine, middle, coarse = widths
-        self.encoder_level1 = _convolutions(channels, fine)
-        self.encoder_level2 = _convolutions(fine, middle)
-        self.latent = _convolutions(middle, coarse)
-        self.up2 = nn.ConvTranspose2d(coarse, middle, 2, 2, bias=False)
-        self.decoder_level2 = _convolutions(2 * middle, middle)
-        self.up1 = nn.ConvTranspose2d(middle, fine, 2, 2, bias=False)
-        self.decoder_level1 = _convolutions(2 * fine, fine)
-        self.output = nn.Conv2d(fine, 1, 3, padding=1, bias=False)
+        convolution, transposed = _LAYERS[dimensions]
+
+        def convolutions(inside: int, outside: int) -> nn.Sequential:
+            layers = [convolution(n, outside, kernel, padding=kernel // 2, bias=False) for n in (inside, outside)]
+            for layer in layers:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU())
+
+        self.pool = nn.MaxPool2d(2) if dimensions == 2 else nn.MaxPool1d(2)
+        self.encoder_level1 = convolutions(channels, fine)
+        self.encoder_level2 = convolutions(fine, middle)
+        self.latent = convolutions(middle, coarse)
+        self.up2 = transposed(coarse, middle, 2, 2, bias=False)
+        self.decoder_level2 = convolutions(2 * middle, middle)
+        self.up1 = transposed(middle, fine, 2, 2, bias=False)
+        self.decoder_level1 = convolutions(2 * fine, fine)
+        self.output = convolution(fine, 1, kernel, padding=kernel // 2, bias=False)
         with torch.no_grad():
             self.output.weight *= start
 
     def answer(self, x: Tensor) -> Tensor:
-        """From (B, channels, H, W) to (B, 1, H, W); H and W multiples of four."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        """From (B, channels, H, W) to (B, 1, H, W), or without H; sides that are multiples of four."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         first = self.encoder_level1(x)
-        second = self.encoder_level2(F.max_pool2d(first, 2))
-        latent = self.latent(F.max_pool2d(second, 2))
+        second = self.encoder_level2(self.pool(first))
+        latent = self.latent(self.pool(second))
         second = self.decoder_level2(torch.cat([self.up2(latent), second], 1))
         first = self.decoder_level1(torch.cat([self.up1(second), first], 1))
         return self.output(first)
@@ -100,6 +124,30 @@ class FootprintNetwork(UNet):
         return denoised + sign * self.answer(x)
 
 
+class CourseNetwork(UNet):
+    """For courses in time of the activity of a field.
+
+    It sees what a denoised course leaves of the noisy one, the denoised one, how strong the activity of each frame is,
+    and a constant.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)):
+        super().__init__(4, widths, start=0.02, dimensions=1, kernel=5)
+
+    def forward(self, noisy: Tensor, denoised: Tensor, strength: Tensor) -> Tensor:
+        """Denoise courses (B, 1, T) once more; T a multiple of four.
+
+        Parameters
+        ----------
+        noisy, denoised : Tensor
+            Courses (B, 1, T) in deviations of their noise; where a cell is active they rise.
+        strength : Tensor
+            Norm over all courses of a field, (B, 1, T).
+        """
+        x = torch.cat([noisy - denoised, denoised, strength, torch.ones_like(denoised)], 1)
+        return denoised + self.answer(x)
+
+
 def lag_one(correlation: tuple[tuple[float, ...], ...]) -> tuple[float, float]:
     """Correlation of the noise of neighbors along y and x, as far as the networks know it.
 
@@ -139,10 +187,3 @@ def denoise_image(network: ImageNetwork, image: Tensor, correlation: tuple[float
         count = min(step, height - top)
         out[top : top + count] = mean[0, 0, top - first : top - first + count, :width]
     return out + offset
-
-
-def _convolutions(inside: int, outside: int) -> nn.Sequential:
-    layers = [nn.Conv2d(channels, outside, 3, padding=1, bias=False) for channels in (inside, outside)]
-    for layer in layers:
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU())

@@ -1,0 +1,101 @@
+"""When the strongest activity of a field is: courses in time, denoised once more by a small network.
+
+Once footprints are denoised, each frame's projection onto them tells of the field's activity with the noise of one
+pixel. Filters along time smooth it, and take away from the peaks of events; a network that has seen how indicators rise
+and decay does not have to.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from restormer3d.arithmetic import float32_products
+from restormer3d.fields import MOST, Fields, change_fields, followed
+from restormer3d.principal import leading_components
+from restormer3d.unets import CourseNetwork
+
+_TURNS = 40  # passes to find how components have to be turned
+_NORMAL_MEDIAN = 0.4549364  # of the square of a normal number of variance 1
+
+
+@torch.no_grad()
+def denoise_courses(
+    denoised: Tensor, noisy: Tensor, noise: Tensor, deviation: Tensor, network: CourseNetwork
+) -> Tensor:
+    """Denoise the courses of the strongest activity of denoised frames, field by field.
+
+    Parameters
+    ----------
+    denoised, noisy : Tensor
+        Frames (T, H, W) of the same intensities, up to an image that all frames share; at least two.
+    noise : Tensor
+        Drawn like that of the noisy frames, (T, H, W).
+    deviation : Tensor
+        Of the noise, (H, W).
+    network : CourseNetwork
+        On the device of the frames.
+
+    Returns
+    -------
+    Tensor
+        Frames (T, H, W) with the mean over time of `denoised`.
+    """
+
+    def change(fields: Fields) -> Tensor:
+        footprints = sparse_footprints(fields.denoised)
+        clear, recorded, drawn = (x.flatten(2) @ footprints for x in fields[:3])
+        scale, excess = course_noise(clear, recorded, drawn)
+        change = (answer(network, *(x / scale for x in context(clear, recorded))) * scale - clear) * followed(excess)
+        change -= change.mean(1, keepdim=True)
+        return (change @ footprints.mT).view_as(fields.denoised)
+
+    return change_fields(denoised, noisy, noise, deviation, change)
+
+
+def sparse_footprints(denoised: Tensor) -> Tensor:
+    """Orthonormal footprints (fields, pixels, footprints) of the strongest activity in fields (fields, T, H, W).
+
+    Principal components, turned among one another so that each has few bright pixels, by the sum of fourth powers
+    (quartimax): a cell's events are then in one course, and neuropil in others. The bright pixels are positive.
+
+    References
+    ----------
+    Neuhaus and Wrigley, "The quartimax method", British Journal of Statistical Psychology 1954.
+    """
+    _, components = leading_components(denoised.flatten(2), MOST)
+    footprints = components.double()
+    turn = torch.eye(footprints.shape[2], dtype=torch.float64, device=footprints.device).expand(len(footprints), -1, -1)
+    for _ in range(_TURNS):
+        left, _, right = torch.linalg.svd(footprints.mT @ (footprints @ turn).pow(3))
+        turn = left @ right
+    turned = footprints @ turn
+    return (turned * turned.pow(3).sum(1, keepdim=True).sign()).float()
+
+
+def course_noise(denoised: Tensor, noisy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviation of the noise of courses (fields, T, courses), and its variance relative to the expected one.
+
+    Both (fields, 1, courses). By the median difference of frames of what denoising has left, that events have no part
+    in; the deviation is never below the expected one.
+    """
+    expected = noise.square().mean(1, keepdim=True).clamp(min=1e-12)
+    steps = (noisy - denoised).diff(dim=1).square().median(1, keepdim=True).values
+    excess = steps / (2 * _NORMAL_MEDIAN) / expected
+    return (expected * excess.clamp(min=1)).sqrt(), excess
+
+
+def context(denoised: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the network sees, before it is divided by deviations of the noise: noisy and denoised courses, strength."""
+    return noisy, denoised, denoised.norm(dim=2, keepdim=True).expand_as(denoised)
+
+
+def answer(network: CourseNetwork, noisy: Tensor, denoised: Tensor, strength: Tensor) -> Tensor:
+    """Denoise courses (fields, T, courses) in deviations of their noise."""
+    fields, frames, courses = denoised.shape
+    lines = (x.mT.reshape(-1, 1, frames) for x in (noisy, denoised, strength))
+    padded = [F.pad(x, (0, -frames % 4), mode="replicate") for x in lines]
+    with float32_products("fp32"):
+        better = network(*padded)
+    return better[:, 0, :frames].view(fields, courses, frames).mT

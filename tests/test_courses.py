@@ -1,0 +1,143 @@
+"""Courses: turned until events are apart, denoised closer to the truth, and left alone where frames flicker."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from restormer3d.arithmetic import float32_products
+from restormer3d.baselines import gaussian_frames
+from restormer3d.checkpoint import shipped_course_network
+from restormer3d.courses import course_noise, denoise_courses, sparse_footprints
+from restormer3d.denoising import silent, start_denoising
+from restormer3d.fields import FIELD_FRAMES
+from restormer3d.principal import leading_components
+from restormer3d.settings import settings
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
+
+from .conftest import blinking_cells
+
+
+def tensors(shape=(120, 64, 64), seed=0):
+    """Truth, the noisy stack smoothed along time and in the plane, and the noisy one, whose noise is 1."""
+    clean = blinking_cells(*shape, seed=seed) / 40
+    noisy = clean + np.random.default_rng(seed).standard_normal(shape)
+    smooth = np.stack(list(gaussian_frames(noisy, 4.0, 2.0)))
+    return [torch.from_numpy(x).float() for x in (clean, smooth, noisy)]
+
+
+def drawn(shape, seed=9):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
+
+
+def refined(denoised, noisy, network=None):
+    ones = torch.ones(noisy.shape[1:])
+    return denoise_courses(denoised, noisy, drawn(noisy.shape), ones, network or shipped_course_network())
+
+
+def error(x, truth):
+    return float(((x - x.mean(0)) - (truth - truth.mean(0))).square().mean())
+
+
+def onsets(x):
+    """How much the field brightens within two frames at most: smoothed events do so slowly."""
+    return float((x[2:] - x[:-2]).mean((1, 2)).max())
+
+
+def test_onsets_come_back():
+    clean, denoised, noisy = tensors()
+    out = refined(denoised, noisy)
+    assert error(out, clean) < 0.8 * error(denoised, clean)
+    assert onsets(clean) > onsets(out) > 1.3 * onsets(denoised)
+
+
+def test_cells_are_told_apart():
+    """Two cells and a glow that brighten together: principal components mix all three."""
+    events = torch.zeros(3, 80)
+    events[0, 10:40], events[1, 30:70], events[2] = 1, 0.9, torch.sin(torch.arange(80) / 9)
+    cells = torch.zeros(2, 32, 32)
+    cells[0, 3:6, 3:6], cells[1, 20:24, 20:23] = 10, 10
+    parts = torch.cat([cells, torch.full((1, 32, 32), 4.0)])
+    stack = torch.einsum("kt,khw->thw", events - events.mean(1, keepdim=True), parts) + 0.1 * drawn((80, 32, 32))
+    principal, footprints = leading_components(stack[None].flatten(2), 24)[1][0], sparse_footprints(stack[None])[0]
+    torch.testing.assert_close(footprints.mT @ footprints, torch.eye(24), atol=0.03, rtol=0)
+    alone = cells.flatten(1) / cells.flatten(1).norm(dim=1, keepdim=True)
+    assert float((alone @ footprints).amax(1).min()) > 0.97  # each cell has one, and it is positive
+    assert float((alone @ principal).abs().amax(1).min()) < 0.9
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (50, 1, 1), (51, 5, 70), (53, 33, 18)])
+def test_any_shape(shape):
+    noisy = drawn(shape, 1)
+    out = refined(0.1 * noisy, noisy)
+    assert out.shape == shape
+    assert out.isfinite().all()
+
+
+def test_the_mean_over_time_stays():
+    _, denoised, noisy = tensors()
+    torch.testing.assert_close(refined(denoised, noisy).mean(0), denoised.mean(0), atol=1e-3, rtol=0)
+
+
+def test_a_network_that_changes_nothing_changes_no_frame():
+    _, denoised, noisy = tensors((50, 40, 40))
+    still = refined(denoised, noisy, network=lambda noisy, denoised, _: denoised)
+    torch.testing.assert_close(still, denoised, atol=1e-5, rtol=0)
+
+
+def test_products_are_not_rounded():
+    """A GPU would round those of convolutions to TF32 by itself."""
+    _, denoised, noisy = tensors((50, 20, 20))
+    seen = []
+
+    def network(noisy, denoised, _):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return denoised
+
+    with float32_products("tf32"):
+        refined(denoised, noisy, network=network)
+    assert seen == [False]
+
+
+def test_noise_of_courses():
+    """Flicker counts as noise; an event, which few frames show, does not."""
+    noise, other, clear = drawn((1, 400, 2), 1), drawn((1, 400, 2), 2), torch.zeros(1, 400, 2)
+    event, flicker = torch.zeros(1, 400, 2), torch.zeros(1, 400, 2)
+    event[:, 100:110, 0], flicker[..., 0] = 20, 3 * drawn((1, 400), 3)
+    for added, lowest, highest in ((0, 0.7, 1.3), (event, 0.7, 1.3), (flicker, 8, 13)):
+        deviation, excess = course_noise(clear, noise + added, other)
+        assert lowest < float(excess[0, 0, 0]) < highest
+        assert 0.7 < float(excess[0, 0, 1]) < 1.3
+        assert float(deviation.square().min()) >= 0.99 * float(other.square().mean(1).min())
+
+
+def test_flicker_is_not_taken_for_activity():
+    _, denoised, noisy = tensors()
+    flicker = drawn((120, 1, 1), 3) * torch.from_numpy(blinking_cells(2, 64, 64)[0] * 0.3 / 40).float()
+    plain, of_flicker = (refined(denoised, x) - denoised for x in (noisy, noisy + flicker))
+    put_back = ((of_flicker - plain) * flicker).mean() / flicker.square().mean()
+    assert abs(float(put_back)) < 0.1
+
+
+def test_denoising_uses_them():
+    scene = simulate_scene((64, 64, 64), seed=77)
+    noisy = NoisyScene(scene, *noise_parameters(1), seed=4)[:]
+    chosen = settings(iterations=0)
+
+    def denoised(frames=None, **changes):
+        changed = replace(chosen, inference=chosen.inference.model_copy(update=changes))
+        result = start_denoising(noisy[:frames], changed, "restormer3d", torch.device("cpu"), None, silent, silent)
+        return np.stack(list(result.frames)), result.record
+
+    (out, record), (without, record_without) = denoised(), denoised(courses=False)
+    assert record["courses"]["file"] == "courses.safetensors"
+    assert record_without["courses"] is None
+    assert record_without["footprints"] is not None
+    assert not np.allclose(out, without, atol=0.1)
+    _, record = denoised(footprints=False)
+    assert record["courses"] is not None
+    _, record = denoised(FIELD_FRAMES - 1)
+    assert record["courses"] is None
