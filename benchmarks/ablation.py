@@ -39,8 +39,11 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     "the fitted mixture alone, without the network": (False, _AS_THEY_ARE),
     "without courses denoised once more": (True, _AS_THEY_ARE | {"inference": {"courses": False}}),
     "without footprints denoised once more": (True, _AS_THEY_ARE | {"inference": {"footprints": False}}),
-    "without both": (True, _AS_THEY_ARE | {"inference": {"courses": False, "footprints": False}}),
-    "without components and both": (True, _AS_THEY_ARE | {"inference": {"components": False}}),
+    "without footprints and courses denoised once more": (
+        True,
+        _AS_THEY_ARE | {"inference": {"courses": False, "footprints": False}},
+    ),
+    "without components, footprints and courses": (True, _AS_THEY_ARE | {"inference": {"components": False}}),
     "without the static image denoised once more": (True, _AS_THEY_ARE | {"inference": {"static_image": False}}),
     "without all four": (True, _AS_THEY_ARE | {"inference": {"components": False, "static_image": False}}),
     "without all four, windows mirrored at the ends of the stack": (

@@ -60,7 +60,7 @@ def test_the_sign_of_activity_makes_no_difference():
     torch.testing.assert_close(of_negative, -out, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(50, 1, 1), (50, 5, 70), (50, 33, 18), (60, 90, 131)])
+@pytest.mark.parametrize("shape", [(3, 3, 4), (50, 1, 1), (50, 5, 70), (50, 33, 18), (60, 90, 131)])
 def test_any_plane(shape):
     rng = np.random.default_rng(1)
     noisy = torch.from_numpy(rng.normal(size=shape)).float()

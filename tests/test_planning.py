@@ -56,11 +56,12 @@ def test_activity_is_part_of_the_time_of_each_chunk(part):
     chosen = settings()
     without = replace(chosen, inference=chosen.inference.model_copy(update={part: False}))
 
-    def seconds(frames):
-        shape, speed, cpu = (frames, 512, 512), Calibration(0.0, 0.2), torch.device("cpu")
+    def seconds(frames, side=512):
+        shape, speed, cpu = (frames, side, side), Calibration(0.0, 0.2), torch.device("cpu")
         return estimate(chosen, shape, speed, cpu)[0] - estimate(without, shape, speed, cpu)[0]
 
     assert seconds(40) == 0
+    assert seconds(200, 1300) == 0  # of so large frames fewer than needed are looked at together
     assert 0 < seconds(200) < seconds(2000)
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restormer3d import courses, footprints
-from restormer3d.checkpoint import load_state, save_state
+from restormer3d import footprints
+from restormer3d.checkpoint import CheckpointError, load_state, save_state
 from restormer3d.components import AddedNoise
-from restormer3d.courses import course_noise, sparse_footprints
+from restormer3d.courses import course_noise, sparse_footprints, strength_of
 from restormer3d.denoising import silent, start_denoising
 from restormer3d.fields import SIDE, least_deviation
 from restormer3d.footprints import take_apart
-from restormer3d.noise import estimate_noise
+from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.patches import measured_stack
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, random_scene_parameters, simulate_scene
@@ -69,7 +69,7 @@ class CourseScene(NamedTuple):
     Attributes
     ----------
     noisy, denoised, truth, strength : Tensor
-        (courses, T), in deviations of the noise of `noisy`, float32; strength as `courses.context` gives it.
+        (courses, T), in deviations of each course's noise, float32; strength as `courses.strength_of` gives it.
     """
 
     noisy: Tensor
@@ -125,8 +125,12 @@ def prepare_scenes(
 
 
 def load_scene(kind: type[Scene], folder: Path, number: int) -> Scene | None:
-    """Read a prepared scene; None if it turned out to be of no use."""
+    """Read a prepared scene; None if it turned out to be of no use, CheckpointError if it is of the other kind."""
     parts = load_state(_path(folder, number))
+    if parts and set(parts) != set(kind._fields):
+        raise CheckpointError(
+            f"{_path(folder, number)}: expected a {kind.__name__}, found something else; choose another folder"
+        )
     return kind(**parts) if parts else None
 
 
@@ -142,7 +146,9 @@ def simulated_footprints(seed: int, number: int, side: int = SIDE) -> FootprintS
     truth = (fields.courses.mT @ recording.clean.flatten(2)).view_as(fields.noisy)
     if not _NOISE[0] < float((fields.noisy - truth).square().mean()) < _NOISE[1]:
         return None
-    images = (fields.noisy, fields.denoised, truth, *footprints.context(fields, recording.static[None]))
+    mean = denoise_mean(recording.mean, recording.estimate, recording.noisy.shape[1], recording.correlation)
+    static = torch.from_numpy(stabilized(mean, recording.estimate))[None]
+    images = (fields.noisy, fields.denoised, truth, *footprints.context(fields, static))
     noisy, denoised, truth, static, strength = (x[0].half() for x in images)
     return FootprintScene(noisy, denoised, truth, static, strength, torch.tensor(lag_one(recording.correlation)))
 
@@ -162,18 +168,19 @@ def simulated_courses(seed: int, number: int, side: int = SIDE) -> CourseScene |
     scale, _ = course_noise(denoised, noisy, noise)
     if not _NOISE[0] < float((noisy - clean).square().mean()) < _COURSE_NOISE:
         return None
-    noisy, denoised, strength = (x / scale for x in courses.context(denoised, noisy))
-    return CourseScene(*(x[0].mT.contiguous() for x in (noisy, denoised, clean / scale, strength)))
+    lines = (noisy, denoised, clean, strength_of(denoised))
+    return CourseScene(*((x / scale)[0].mT.contiguous() for x in lines))
 
 
 class _Recording(NamedTuple):
-    """A recording as one field, (1, T, H, W), in deviations of its noise; the static image (H, W), correlations."""
+    """A recording as one field, (1, T, H, W), in deviations of its noise; its temporal mean (H, W); its noise."""
 
     denoised: Tensor
     noisy: Tensor
     clean: Tensor
     noise: Tensor
-    static: Tensor
+    mean: np.ndarray
+    estimate: NoiseEstimate
     correlation: tuple[tuple[float, ...], ...]
 
 
@@ -195,7 +202,6 @@ def _simulated(rng: np.random.Generator, frames: tuple[int, int], side: int, *wi
     chosen = replace(chosen, inference=left_out)
     cpu = torch.device("cpu")
     denoised = start_denoising(recorded, chosen, "restormer3d", cpu, None, silent, silent).frames
-    static = torch.from_numpy(stabilized(denoise_mean(mean, noise, length, correlation), noise))
     drawn = AddedNoise(recorded, variance, correlation).noise(0, length)
     deviation = least_deviation(torch.from_numpy(np.sqrt(variance)).float())
 
@@ -205,7 +211,7 @@ def _simulated(rng: np.random.Generator, frames: tuple[int, int], side: int, *wi
 
     stacks = (np.stack(list(denoised)), recorded, scene[:], drawn)
     clear, noisy, clean, of_noise = map(fluctuations, stacks)
-    return _Recording(clear, noisy, clean, of_noise, static, correlation)
+    return _Recording(clear, noisy, clean, of_noise, mean, noise, correlation)
 
 
 def _parameters(rng: np.random.Generator) -> tuple[dict, dict]:

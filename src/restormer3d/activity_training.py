@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from restormer3d import courses, footprints
 from restormer3d.activity_scenes import (
     AnyScene,
     CourseScene,
@@ -26,6 +26,7 @@ from restormer3d.activity_scenes import (
 )
 from restormer3d.arithmetic import Precision, autocast, torch_device
 from restormer3d.checkpoint import COURSE_WEIGHTS, FOOTPRINT_WEIGHTS
+from restormer3d.footprints import Footprints
 from restormer3d.training import Progress
 from restormer3d.unet_training import check_run, train_unet
 from restormer3d.unets import CourseNetwork, FootprintNetwork, UNet
@@ -36,6 +37,7 @@ _PER_SCENE = 4  # footprints or courses of a batch that are of the same scene
 _TURNED = 0.7  # of all footprints: turned together with another one, as other courses would show them
 _COURSES_TURNED = (0.3, 0.6)  # share, and radians at most: a cell's events stay in one course
 _LENGTHS = (48, 96, 96, 160, 256)  # frames of courses that are looked at; multiples of four
+_LEAST_SHARE = 0.1  # of all scenes must be as long, or a few would be drawn again and again
 _RECORDINGS = 64  # further recordings of the same scene, whose mean the network learns to predict
 _LEAST_ERROR = 0.004  # of a pixel; scenes of less are not weighed more
 _LEAST_COURSE_ERROR = 0.01
@@ -174,7 +176,8 @@ def draw_batch(scenes: list[Scene], seed: int, number: int, size: int) -> Batch:
         drawn = [_some_images(scenes[i], rng) for i in rng.integers(len(scenes), size=size // _PER_SCENE)]
     else:
         lengths = np.array([scene.noisy.shape[1] for scene in scenes])
-        frames = min(int(rng.choice(_LENGTHS)), lengths.max() // 4 * 4)
+        possible = [n for n in _LENGTHS if (lengths >= n).mean() >= _LEAST_SHARE] or [lengths.min() // 4 * 4]
+        frames = int(rng.choice(possible))
         usable = np.flatnonzero(lengths >= frames)
         drawn = [_some_courses(scenes[i], rng, frames) for i in rng.choice(usable, size // _PER_SCENE)]
     *inputs, target, weight = (torch.cat(parts) for parts in zip(*drawn, strict=True))
@@ -186,16 +189,16 @@ def validate_activity(network: Any, scenes: list[Scene], device: torch.device) -
     """Decibels by which the squared error to the truth falls: mean, lowest and highest over the scenes."""
     gains = []
     for scene in scenes:
-        parts = [x.to(device).float() for x in scene]
-        noisy, denoised, truth = (x[:, None] for x in parts[:3])
+        noisy, denoised, truth = (x.to(device).float()[None] for x in scene[:3])
         if isinstance(scene, FootprintScene):
-            beside = [*(x.expand_as(noisy) for x in parts[3:5]), parts[5].expand(len(noisy), -1)]
+            inside = Footprints(torch.empty(0), denoised, noisy)
+            static = scene.static.to(device).float()[None]
+            better = footprints.answer(
+                network, inside, static, (float(scene.correlation[0]), float(scene.correlation[1]))
+            )
         else:
-            beside = [parts[3][:, None]]
-        sides = noisy.shape[2:]
-        padding = [room for side in reversed(sides) for room in (0, -side % 4)]
-        inputs = [F.pad(x, padding, mode="replicate") if x.dim() > 2 else x for x in (noisy, denoised, *beside)]
-        better = network(*inputs)[..., : sides[-1]]
+            strength = scene.strength.to(device)[None]
+            better = courses.answer(network, *(x.mT for x in (noisy, denoised, strength))).mT
         before, after = (float((x - truth).square().sum()) for x in (denoised, better))
         gains.append(10 * math.log10(before / after))
     return {"gain_db": float(np.mean(gains)), "lowest_gain_db": min(gains), "highest_gain_db": max(gains)}

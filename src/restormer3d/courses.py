@@ -47,9 +47,10 @@ def denoise_courses(
         footprints = sparse_footprints(fields.denoised)
         clear, recorded, drawn = (x.flatten(2) @ footprints for x in fields[:3])
         scale, excess = course_noise(clear, recorded, drawn)
-        change = (answer(network, *(x / scale for x in context(clear, recorded))) * scale - clear) * followed(excess)
-        change -= change.mean(1, keepdim=True)
-        return (change @ footprints.mT).view_as(fields.denoised)
+        better = scale * answer(network, *(x / scale for x in (recorded, clear, strength_of(clear))))
+        by_course = (better - clear) * followed(excess)
+        by_course -= by_course.mean(1, keepdim=True)
+        return (by_course @ footprints.mT).view_as(fields.denoised)
 
     return change_fields(denoised, noisy, noise, deviation, change)
 
@@ -86,9 +87,9 @@ def course_noise(denoised: Tensor, noisy: Tensor, noise: Tensor) -> tuple[Tensor
     return (expected * excess.clamp(min=1)).sqrt(), excess
 
 
-def context(denoised: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the network sees, before it is divided by deviations of the noise: noisy and denoised courses, strength."""
-    return noisy, denoised, denoised.norm(dim=2, keepdim=True).expand_as(denoised)
+def strength_of(denoised: Tensor) -> Tensor:
+    """How strong the activity of a frame is: the norm over all courses (fields, T, courses), the same for each."""
+    return denoised.norm(dim=2, keepdim=True).expand_as(denoised)
 
 
 def answer(network: CourseNetwork, noisy: Tensor, denoised: Tensor, strength: Tensor) -> Tensor:

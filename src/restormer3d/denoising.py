@@ -27,6 +27,7 @@ from restormer3d.components import (
     LEAST_FRAMES,
     AddedNoise,
     Step,
+    chunk_frames,
     computing_device,
     is_held,
     refine_by_components,
@@ -219,17 +220,17 @@ def _activity_steps(
 ) -> dict[str, Step]:
     """What is done with components by networks of their own, by name."""
     steps: dict[str, Step] = {}
-    if added.shape[0] < FIELD_FRAMES:
+    if chunk_frames(added.shape) < FIELD_FRAMES:
         return steps
     if parts.footprints and static is not None:
         steps["footprints"] = partial(
             denoise_footprints,
             static=torch.from_numpy(stabilized(static, noise)).to(device, torch.float32),
             correlation=added.correlation,
-            network=shipped_footprint_network().to(device),
+            network=copy.deepcopy(shipped_footprint_network()).to(device),
         )
     if parts.courses:
-        steps["courses"] = partial(denoise_courses, network=shipped_course_network().to(device))
+        steps["courses"] = partial(denoise_courses, network=copy.deepcopy(shipped_course_network()).to(device))
     return steps
 
 

@@ -17,7 +17,7 @@ SIDE = 64
 MOST = 24
 """Components of a field at most."""
 FIELD_FRAMES = 48
-"""Frames that a stack must have: of shorter ones courses and footprints are not known well enough."""
+"""Frames that are looked at together, at least: in fewer, courses and footprints are not known well enough."""
 
 _OVERLAP = 0.5
 _VOXELS = 2**23  # of fields that are looked at together
@@ -88,7 +88,9 @@ def change_fields(
         for place, of_field in zip(some, changes, strict=True):
             total[place] += of_field
             weight[place] += hann
-    return denoised + total / weight
+    total /= weight
+    total += denoised
+    return total
 
 
 def least_deviation(deviation: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def least_deviation(deviation: Tensor) -> Tensor:
 
 
 def followed(excess: Tensor) -> Tensor:
-    """How far a change is made along which frames hold this much noise, relative to what is expected: from 1 to 0.
+    """How far a network is followed where there is this much noise, relative to what is expected: from 1 to 0.
 
     Light that flickers and a field that jitters are not in the noise of single pixels, and look like activity that
     every frame has of its own.

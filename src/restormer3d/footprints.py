@@ -61,7 +61,7 @@ def denoise_footprints(
     Parameters
     ----------
     denoised, noisy : Tensor
-        Frames (T, H, W) of the same intensities, up to an image that all frames share; at least two.
+        Frames (T, H, W) of the same intensities, up to an image that all frames share; at least three.
     noise : Tensor
         Drawn like that of the noisy frames, (T, H, W).
     deviation : Tensor
@@ -90,30 +90,28 @@ def denoise_footprints(
     return change_fields(denoised, noisy, noise, deviation, change)
 
 
-def answer(network: FootprintNetwork, fields: Footprints, static: Tensor, correlation: tuple[float, float]) -> Tensor:
+def answer(network: FootprintNetwork, inside: Footprints, static: Tensor, correlation: tuple[float, float]) -> Tensor:
     """Denoise footprints once more, (fields, footprints, H, W), with the fields' static images (fields, H, W)."""
     height, width = static.shape[1:]
-    beside = (x[:, None].expand_as(fields.noisy) for x in context(fields, static))
-    images = (x.reshape(-1, 1, height, width) for x in (fields.noisy, fields.denoised, *beside))
+    beside = (x[:, None].expand_as(inside.noisy) for x in context(inside, static))
+    images = (x.reshape(-1, 1, height, width) for x in (inside.noisy, inside.denoised, *beside))
     padded = [F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate") for x in images]
     known = torch.tensor([correlation], dtype=torch.float32, device=static.device).expand(len(padded[0]), -1)
     with float32_products("fp32"):
         denoised = network(*padded, known)
-    return denoised[:, 0, :height, :width].reshape(fields.noisy.shape)
+    return denoised[:, 0, :height, :width].reshape(inside.noisy.shape)
 
 
-def context(fields: Footprints, static: Tensor) -> tuple[Tensor, Tensor]:
+def context(inside: Footprints, static: Tensor) -> tuple[Tensor, Tensor]:
     """What the network sees beside footprints: static images (fields, H, W), standardized, and activity's strength."""
     spread, mean = torch.std_mean(static, (1, 2), correction=0, keepdim=True)
-    return ((static - mean) / (spread + 1e-9)).float(), fields.denoised.square().sum(1).sqrt()
+    return ((static - mean) / (spread + 1e-9)).float(), inside.denoised.square().sum(1).sqrt()
 
 
 def noise_excess(change: Tensor, left: Tensor, noise: Tensor) -> Tensor:
     """Noise that frames hold along changes of footprints, relative to what is expected, (fields, footprints).
 
     From differences of frames over one frame and over two, as signal that grows with the delay has no part in them.
-    Light that flickers and a field that jitters are not in the variance of single pixels, and look like activity that
-    every frame has of its own.
 
     Parameters
     ----------

@@ -30,6 +30,7 @@ from restormer3d.training import fit
 _OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at most
+_VOXEL_BYTES = 200  # that the default network computes a voxel of a large window with on a CPU
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 _STATIC_IMAGE = 16.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
 _FOOTPRINTS = 50.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
@@ -46,7 +47,7 @@ class Calibration:
 
 
 def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, device: torch.device) -> Calibration:
-    """Time a training iteration and an inference pass of the real sizes, on a copy of the model.
+    """Time a training iteration and an inference pass on a copy of the model, of large windows a part.
 
     Each runs before, to compile and allocate, and once for the clock.
     """
@@ -153,8 +154,8 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     windows = float(inference.symmetries * count_windows(shape, inference))
     if inference.components:
         windows = 2 * windows + _COMPONENTS * math.prod(shape) / math.prod(window)
-    if inference.components and shape[0] >= FIELD_FRAMES:
-        depth = chunk_frames(shape)
+    depth = chunk_frames(shape)
+    if inference.components and depth >= FIELD_FRAMES:
         chunks = len(window_starts(shape[0], depth, CHUNK_OVERLAP))
         voxels = inference.footprints * _FOOTPRINTS + (inference.footprints + inference.courses) * _FIELDS * depth
         windows += voxels * chunks * math.prod(shape[1:]) / math.prod(window)
@@ -182,12 +183,14 @@ def estimate(
     seconds += _inference_seconds(shape, chosen.inference, calibration)
     frames = 4 * shape[1] * shape[2]
     inference = chosen.inference
-    held = 3 * window_size(shape, inference)[0]
+    window = window_size(shape, inference)
+    held = 3 * window[0]
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + (7 + (inference.footprints or inference.courses)) * chunk_frames(shape)
     if inference.static_image:
         held += shape[0] if is_held(shape) else 3 * SAMPLE_FRAMES
     buffers = held * frames
-    if device.type == "cpu":  # the calibration has just run with everything allocated
-        return seconds, psutil.Process().memory_info().rss + buffers
+    if device.type == "cpu":  # the calibration has just run, but for the part of the window that it did not time
+        beyond = inference.batch_size * (math.prod(window) - math.prod(min(side, _TIMED_SIDE) for side in window))
+        return seconds, psutil.Process().memory_info().rss + buffers + beyond * _VOXEL_BYTES
     return seconds, torch.cuda.max_memory_allocated(device) + buffers if device.type == "cuda" else buffers

@@ -6,10 +6,13 @@ error that is left once activity has been denoised.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
 from restormer3d.checkpoint import shipped_image_network
+from restormer3d.fields import followed
 from restormer3d.filters import smooth_plane
 from restormer3d.noise import NoiseEstimate
 from restormer3d.unets import denoise_image, lag_one
@@ -18,7 +21,6 @@ SAMPLE_FRAMES = 64
 """Of a stack too long to be held: they show what its denoised frames have in common."""
 
 _NEAR = 6.0  # pixels over which it is looked at whether the network took away more than noise
-_TRUSTED, _REFUSED = 1.5, 3.0  # taken away, in units of the noise: up to where the network is followed, and not at all
 _LEAST_NOISE = 1e-6  # relative to the image's variance
 
 
@@ -65,10 +67,10 @@ def denoise_mean(
     image = torch.from_numpy(stabilized(mean, noise)).to(where)
     variance = max((2 * sum(correlation[0]) - 1) / frames, _LEAST_NOISE * max(1.0, float(image.var(correction=0))))
     image /= variance**0.5
-    denoised = denoise_image(shipped_image_network().to(where), image, lag_one(correlation))
+    denoised = denoise_image(copy.deepcopy(shipped_image_network()).to(where), image, lag_one(correlation))
     taken_away = smooth_plane((image - denoised).square(), _NEAR)
-    share = ((_REFUSED - taken_away) / (_REFUSED - _TRUSTED)).clamp(0, 1)
-    return restored(((image + share * (denoised - image)) * variance**0.5).cpu().numpy(), noise).astype(np.float32)
+    image += followed(taken_away) * (denoised - image)
+    return restored((image * variance**0.5).cpu().numpy(), noise).astype(np.float32)
 
 
 def stabilized(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:

@@ -142,7 +142,7 @@ class CourseNetwork(UNet):
         noisy, denoised : Tensor
             Courses (B, 1, T) in deviations of their noise; where a cell is active they rise.
         strength : Tensor
-            Norm over all courses of a field, (B, 1, T).
+            Norm over all courses of a field, in deviations of this one's noise, (B, 1, T).
         """
         x = torch.cat([noisy - denoised, denoised, strength, torch.ones_like(denoised)], 1)
         return denoised + self.answer(x)
