@@ -127,6 +127,19 @@ def test_flicker_is_not_taken_for_activity():
     assert abs(float(put_back)) < 0.1
 
 
+def test_the_light_of_a_stimulus_stays():
+    """Far beyond any activity, a small error of the network, relative to the light, would be larger than all noise."""
+    _, denoised, noisy = tensors()
+    light = torch.zeros(120, 1, 1)
+    light[40:44] = 500
+
+    def not_quite(noisy, denoised, _):
+        return 0.95 * denoised
+
+    change = refined(denoised + light, noisy + light, not_quite) - (denoised + light)
+    assert float(change[40:44].abs().mean()) < 0.1
+
+
 def test_denoising_uses_them(monkeypatch):
     scene = simulate_scene((128, 64, 64), seed=77)
     noisy, clean = NoisyScene(scene, *noise_parameters(1), seed=4)[:], scene[:]

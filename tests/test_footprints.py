@@ -129,6 +129,15 @@ def test_jitter_is_not_taken_for_activity():
     assert changes[1] < 0.05 * along
 
 
+def test_the_light_of_a_stimulus_stays():
+    """Far beyond any activity, a small error of the network, relative to the light, would be larger than all noise."""
+    _, denoised, noisy = tensors()
+    light = torch.zeros(60, 1, 1)
+    light[20:24] = 500
+    change = refined(denoised + light, noisy + light, lambda _, denoised, *__: 0.95 * denoised) - (denoised + light)
+    assert float(change[20:24].abs().mean()) < 0.1
+
+
 def test_correlation_stays_in_the_range_of_the_training():
     assert lag_one(((1.0, 0.9), (1.0,), (1.0, 0.2, 0.1))) == (0.0, 0.2)
     assert lag_one(((1.0,), (1.0, -0.1), (1.0, 0.6))) == (0.0, 0.3)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.fields import MOST, Fields, change_fields, followed
+from restormer3d.fields import MOST, Fields, change_fields, farther, followed
 from restormer3d.principal import leading_components
 from restormer3d.unets import CourseNetwork
 
@@ -47,8 +47,10 @@ def denoise_courses(
         footprints = sparse_footprints(fields.denoised)
         clear, recorded, drawn = (x.flatten(2) @ footprints for x in fields[:3])
         scale, excess = course_noise(clear, recorded, drawn)
-        better = scale * answer(network, *(x / scale for x in (recorded, clear, strength_of(clear))))
-        by_course = (better - clear) * followed(excess)
+        lines = [x / scale for x in (recorded, clear, strength_of(clear))]
+        better = answer(network, *lines)
+        far = farther(*(x.mT for x in (lines[0], lines[1], better))).unsqueeze(1)
+        by_course = (better - lines[1]) * scale * followed(excess) * followed(far)
         by_course -= by_course.mean(1, keepdim=True)
         return (by_course @ footprints.mT).view_as(fields.denoised)
 

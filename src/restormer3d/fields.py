@@ -106,3 +106,13 @@ def followed(excess: Tensor) -> Tensor:
     """
     trusted, refused = 1.5, 3.0
     return ((refused - excess) / (refused - trusted)).clamp(0, 1)
+
+
+def farther(noisy: Tensor, denoised: Tensor, better: Tensor) -> Tensor:
+    """How far a network's answer is from what was recorded, relative to noise or to what was there before: (..., n).
+
+    All (..., n, values), in deviations of the noise. A network takes away more than noise where it has not seen the
+    like: the light of a stimulus is a hundred times as strong as any activity.
+    """
+    before, after = ((noisy - x).square().mean(-1) for x in (denoised, better))
+    return after / before.clamp(min=1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.fields import MOST, Fields, change_fields, followed
+from restormer3d.fields import MOST, Fields, change_fields, farther, followed
 from restormer3d.principal import leading_components
 from restormer3d.unets import FootprintNetwork, lag_one
 
@@ -82,7 +82,9 @@ def denoise_footprints(
 
     def change(fields: Fields) -> Tensor:
         inside = take_apart(fields.denoised, fields.noisy)
-        by_course = (answer(network, inside, fields.cut(static), known) - inside.denoised).flatten(2)
+        better = answer(network, inside, fields.cut(static), known)
+        by_course = (better - inside.denoised).flatten(2)
+        by_course *= followed(farther(*(x.flatten(2) for x in (inside.noisy, inside.denoised, better)))).unsqueeze(2)
         left = (fields.noisy - fields.denoised).flatten(2)
         by_course *= followed(noise_excess(by_course, left, fields.noise.flatten(2))).unsqueeze(2)
         return (inside.courses @ by_course).view_as(fields.denoised)
