@@ -91,3 +91,8 @@ def torch_device(name: str) -> torch.device:
     if not present[name.split(":")[0]]:
         raise ValueError(f"device {name!r} is not available on this machine: use --device auto or --device cpu")
     return torch.device(name)
+
+
+def float64_device(device: str | torch.device) -> torch.device:
+    """Where double precision is computed: MPS has none, and leaves it to the CPU."""
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)

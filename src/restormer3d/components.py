@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from restormer3d.arithmetic import float64_device
 from restormer3d.filters import gaussian_matrix
 from restormer3d.principal import leading_components
 from restormer3d.tiling import hann_weights, window_starts
@@ -138,7 +139,7 @@ def refine_by_components(
     added : AddedNoise
         The noisy stack and its noise; at least :data:`LEAST_FRAMES` frames.
     device : str or torch.device
-        Where to compute, see :func:`computing_device`.
+        Where to compute, see `arithmetic.float64_device`.
     then : sequence of Step
         What is done with the result, chunk by chunk.
 
@@ -163,7 +164,7 @@ def refine_by_components(
         for t in range(held, depth):
             clear[t] = next(denoised)
             response[t] = (next(noisier) - clear[t]) / _ADDED
-        refined = _refined(clear, response, added, start, computing_device(device), then)
+        refined = _refined(clear, response, added, start, float64_device(device), then)
         refined *= hann[:, None, None]
         blended += refined
         weight += hann
@@ -173,11 +174,6 @@ def refine_by_components(
         for values in (clear, response, blended, weight):
             values[:held] = values[done:].copy()
         blended[held:], weight[held:] = 0, 0
-
-
-def computing_device(device: str | torch.device) -> torch.device:
-    """Where components are computed: MPS, which has no float64, leaves it to the CPU."""
-    return torch.device("cpu" if torch.device(device).type == "mps" else device)
 
 
 def chunk_frames(shape: tuple[int, int, int]) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from restormer3d.arithmetic import Precision, forced_engine, torch_device, usable
+from restormer3d.arithmetic import Precision, float64_device, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.checkpoint import (
     COURSE_WEIGHTS,
@@ -28,7 +28,6 @@ from restormer3d.components import (
     AddedNoise,
     Step,
     chunk_frames,
-    computing_device,
     is_held,
     refine_by_components,
 )
@@ -198,7 +197,7 @@ def _denoised_frames(
     if noise is not None and (parts.static_image or parts.footprints):
         mean = source.normalization.invert(source.mean)
         static = denoise_mean(mean, noise, source.stack.shape[0], source.noise_correlation, device)
-    steps = _activity_steps(parts, added, static, noise, computing_device(device)) if added and noise else {}
+    steps = _activity_steps(parts, added, static, noise, float64_device(device)) if added and noise else {}
     if added is not None:
         frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()))
     if static is not None and parts.static_image:

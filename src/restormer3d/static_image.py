@@ -11,6 +11,7 @@ import copy
 import numpy as np
 import torch
 
+from restormer3d.arithmetic import float64_device
 from restormer3d.checkpoint import shipped_image_network
 from restormer3d.fields import followed
 from restormer3d.filters import smooth_plane
@@ -48,7 +49,7 @@ def denoise_mean(
     correlation : tuple of tuple of float
         Of a voxel's noise with its neighbors' along frames, rows and columns, from lag 0 on.
     device : str or torch.device
-        Where to compute; MPS, which has no float64, leaves it to the CPU.
+        Where to compute, see `arithmetic.float64_device`.
 
     Returns
     -------
@@ -63,7 +64,7 @@ def denoise_mean(
     """
     if not noise.variance(mean).any():
         return mean.astype(np.float32)
-    where = torch.device("cpu" if torch.device(device).type == "mps" else device)
+    where = float64_device(device)
     image = torch.from_numpy(stabilized(mean, noise)).to(where)
     variance = max((2 * sum(correlation[0]) - 1) / frames, _LEAST_NOISE * max(1.0, float(image.var(correction=0))))
     image /= variance**0.5
