@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import jobs, precision, quality, speed, speed_table
+from benchmarks import artefacts, jobs, precision, quality, speed, speed_table
 from benchmarks.cells import truth_score
 from benchmarks.tables import markdown
 
@@ -217,3 +217,24 @@ def test_products_are_rounded_and_sums_are_not(without_gradients):
         assert torch.equal(a @ torch.eye(2), torch.ones(2, 2))
         assert torch.equal(torch.nn.functional.conv3d(x * a[0, 0], x), torch.full((1, 1, 1, 1, 1), 8.0))
         assert torch.equal(a + 0, a)
+
+
+@pytest.mark.parametrize("name", artefacts.ARTEFACTS)
+def test_an_artefact_leaves_noise_around_its_truth(name):
+    clean, noisy = artefacts.recording(name, (32, 40, 40))
+    assert clean.shape == noisy.shape == (32, 40, 40)
+    assert noisy.dtype.kind in "iu"
+    noise = noisy - clean
+    assert noise.std() > 1
+    assert abs(noise.mean()) < 0.25 * noise.std()
+
+
+def test_artefacts_differ(tmp_path):
+    plain, _ = artefacts.recording("none", (32, 40, 40))
+    lit, _ = artefacts.recording("light of a stimulus, 300 ADU in 8 frames", (32, 40, 40))
+    assert sorted(np.unique(np.rint(lit - plain))) == [0, 300]
+    document = tmp_path / "artefacts.md"
+    artefacts.artefacts(shape=(20, 16, 16), only=("vignetting",), write=document)
+    row = next(line for line in document.read_text().splitlines() if line.startswith("| vignetting"))
+    filtered, ours, difference = (float(cell.split("/")[0]) for cell in row.split("|")[2:5])
+    assert ours - filtered == pytest.approx(difference, abs=0.02)

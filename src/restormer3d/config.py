@@ -169,6 +169,9 @@ class InferenceConfig(_Config):
         `footprints.denoise_footprints`); only with `components`.
     courses : bool
         Whether their courses in time are then denoised (see `courses.denoise_courses`); only with `components`.
+    stimulus_light : bool
+        Whether light that bands of rows share in some frames is taken away before, from training too, and put back
+        afterwards (see `stimulus_light.stimulus_light`).
     static_image : bool
         Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """
@@ -183,6 +186,7 @@ class InferenceConfig(_Config):
     components: bool = False
     footprints: bool = False
     courses: bool = False
+    stimulus_light: bool = False
     static_image: bool = False
 
 
@@ -235,6 +239,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         components=True,
         footprints=True,
         courses=True,
+        stimulus_light=True,
         static_image=True,
     )
     return model, tuned if pretrained else scratch, inference

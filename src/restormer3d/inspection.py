@@ -11,6 +11,7 @@ from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
+from restormer3d.stimulus_light import stimulus_light, unlit_frames
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        File, shape, dtype, axes, size, percentiles, noise (photon transfer, correlation) and blind spot.
+        File, shape, dtype, axes, size, percentiles, frames lit by a stimulus, noise (photon transfer,
+        correlation) and blind spot.
 
     Raises
     ------
@@ -33,7 +35,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     with open_stack(path) as stack:
         check = check_stack(stack)
-        noise = estimate_noise(stack)
+        light = stimulus_light(stack)
+        noise = estimate_noise(stack, frames=unlit_frames(light))
         percentiles = (0.5, 50.0, 99.5)
         values = [estimate_normalization(stack, percentiles=(low, 100.0)).low for low in percentiles]
         return {
@@ -46,6 +49,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "minimum": check.minimum,
             "maximum": check.maximum,
             "percentiles": dict(zip(percentiles, values, strict=True)),
+            "lit_frames": 0 if light is None else int(light.any(1).sum()),
             "noise": asdict(noise),
             "blind_spot": blind_spot_extent(noise),
         }
@@ -67,6 +71,8 @@ def describe(facts: dict[str, Any]) -> str:
         "size": f"{facts['megabytes']:.1f} MB of voxels",
         "intensities": f"{facts['minimum']:g} to {facts['maximum']:g}; percentiles "
         + ", ".join(f"{p:g} %: {value:g}" for p, value in facts["percentiles"].items()),
+        "light": f"rows of {facts['lit_frames']} frames are brighter as a whole, as if lit by a stimulus"
+        * bool(facts["lit_frames"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
         "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); offset {noise['offset']:.4g}",
         "photons": "not known: the noise does not grow with the signal"

@@ -67,7 +67,9 @@ class NoiseEstimate:
         return self.gain * np.maximum(mean - self.offset, 0) + self.read_noise_variance
 
 
-def estimate_noise(stack: Any, max_frames: int = 240, max_side: int = 256) -> NoiseEstimate:
+def estimate_noise(
+    stack: Any, max_frames: int = 240, max_side: int = 256, frames: np.ndarray | None = None
+) -> NoiseEstimate:
     """Estimate gain, read noise and noise correlation from differences of frames.
 
     Up to ``max_frames / 12`` evenly spaced runs of 12 consecutive frames are read, from the central
@@ -84,6 +86,8 @@ def estimate_noise(stack: Any, max_frames: int = 240, max_side: int = 256) -> No
         Most frames to read.
     max_side : int
         Largest height and width that is looked at, pixels.
+    frames : numpy.ndarray of int, optional
+        Numbers of the frames to look at, increasing, at least 2; all by default.
 
     Returns
     -------
@@ -100,7 +104,8 @@ def estimate_noise(stack: Any, max_frames: int = 240, max_side: int = 256) -> No
     """
     if stack.shape[0] < 2:
         raise ValueError(f"the noise is estimated from differences of frames: got {stack.shape[0]} frame, need 2")
-    sample = _still_runs(_read_runs(stack, max_frames, max_side))  # (runs, frames of a run, h, w)
+    looked_at = np.arange(stack.shape[0]) if frames is None else frames
+    sample = _still_runs(_read_runs(stack, looked_at, max_frames, max_side))  # (runs, frames of a run, h, w)
     mean = sample.mean(axis=(0, 1), dtype=np.float64)
     growth = _squared_differences(sample)  # (lags, h, w)
     clipped = ((sample == sample.min()) | (sample == sample.max())).mean(axis=(0, 1))
@@ -197,14 +202,15 @@ def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.nda
     return np.maximum(np.interp(mean, means, variances), max(1e-6 * variances.max(), _TINY))
 
 
-def _read_runs(stack: Any, max_frames: int, max_side: int) -> np.ndarray:
-    length, height, width = stack.shape
-    run = min(_RUN, length)
-    count = max(1, min(max_frames, length) // run)
+def _read_runs(stack: Any, frames: np.ndarray, max_frames: int, max_side: int) -> np.ndarray:
+    height, width = stack.shape[1:]
+    run = min(_RUN, len(frames))
+    count = max(1, min(max_frames, len(frames)) // run)
     top, left = max(0, height - max_side) // 2, max(0, width - max_side) // 2
-    bottom, right = top + min(height, max_side), left + min(width, max_side)
-    starts = np.linspace(0, length - run, count).astype(int)
-    return np.stack([stack[a : a + run, top:bottom, left:right].astype(np.float32) for a in starts])
+    field = slice(top, top + min(height, max_side)), slice(left, left + min(width, max_side))
+    starts = np.linspace(0, len(frames) - run, count).astype(int)
+    runs = (np.concatenate([stack[t : t + 1, *field] for t in frames[a : a + run]]) for a in starts)
+    return np.stack([x.astype(np.float32) for x in runs])
 
 
 def _still_runs(sample: np.ndarray) -> np.ndarray:

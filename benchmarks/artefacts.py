@@ -1,0 +1,319 @@
+"""What recordings do beside noise: `python -m benchmarks.artefacts` adds one artefact at a time and scores the result.
+
+The scene is of a simulator of its own, with other cells, events and noise than the one that makes training data.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from cyclopts import App, Parameter
+from scipy.ndimage import gaussian_filter, shift, zoom
+
+from benchmarks.jobs import without_folders
+from benchmarks.tables import put_between
+from restormer3d.denoising import denoise_array
+from restormer3d.metrics import evaluate_stacks
+from restormer3d.settings import settings
+
+BEGIN = "<!-- artefact table: begin (written by benchmarks.artefacts --write; edit nothing here by hand) -->"
+END = "<!-- artefact table: end -->"
+_SEED = 9_300_000
+_GAIN, _READ_NOISE = 100.0, 1000.0  # ADU per photon, ADU^2
+_Recording = tuple[np.ndarray, np.ndarray]
+
+app = App(name="python -m benchmarks.artefacts", help_format="plaintext")
+
+
+def other_scene(shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    """Clean frames (T, H, W): dark-centered elliptic cells with rare events over a cloudy, slowly changing ground."""
+    frames, height, width = shape
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    ground = np.full((height, width), 70.0)
+    for size, strength in ((20, 25), (8, 12), (3, 6)):
+        cloud = gaussian_filter(rng.standard_normal((height, width)), size)
+        ground += cloud / cloud.std() * strength
+    neuropil = gaussian_filter(rng.standard_normal(frames), 6)
+    clean = np.maximum(ground, 8) * (1 + 0.05 * neuropil / neuropil.std())[:, None, None]
+    t = np.arange(frames)
+    for _ in range(height * width // 400):
+        center_y, center_x, angle = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(0, np.pi)
+        radii = rng.uniform(3, 6, 2)
+        u = (x - center_x) * np.cos(angle) + (y - center_y) * np.sin(angle)
+        v = (y - center_y) * np.cos(angle) - (x - center_x) * np.sin(angle)
+        distance = np.hypot(u / radii[0], v / radii[1])
+        footprint = (1 - 0.5 * np.exp(-((distance / 0.5) ** 2))) / (1 + np.exp((distance - 1) * 6))
+        events = rng.poisson(rng.choice([0.003, 0.01, 0.04]), frames) * rng.uniform(0.5, 1.5, frames)
+        response = np.exp(-t / rng.uniform(4, 25)) - np.exp(-t / rng.uniform(0.5, 3))
+        course = np.convolve(events, response / response.max())[:frames]
+        clean += (rng.uniform(10, 60) + rng.uniform(80, 250) * course)[:, None, None] * footprint
+    return clean
+
+
+@dataclass
+class _Trial:
+    """A scene to spoil: clean frames, the ones of another plane or a larger field, and chance."""
+
+    shape: tuple[int, int, int]
+    seed: int
+    rng: np.random.Generator = field(init=False)
+    clean: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed + 1)
+        self.clean = other_scene(self.shape, self.seed)
+
+    def recorded(self, clean: np.ndarray) -> np.ndarray:
+        """Photons and read noise, in ADU."""
+        photons = self.rng.poisson(np.maximum(clean, 0) / _GAIN)
+        return _GAIN * photons + np.sqrt(_READ_NOISE) * self.rng.standard_normal(clean.shape)
+
+    def both(self, clean: np.ndarray) -> _Recording:
+        """Truth and recording of changed clean frames."""
+        return clean, self.recorded(clean)
+
+    def beside(self) -> np.ndarray:
+        """Clean frames of another plane."""
+        return other_scene(self.shape, self.seed + 2)
+
+    def moved(self, shifts: np.ndarray) -> np.ndarray:
+        """Clean frames whose field is displaced by rows and columns (T, 2)."""
+        frames, height, width = self.shape
+        wider = other_scene((frames, height + 16, width + 16), self.seed)
+        return np.stack([shift(x, by, order=1)[8:-8, 8:-8] for x, by in zip(wider, shifts, strict=True)])
+
+
+def _jitter(s: _Trial) -> _Recording:
+    shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (1.0, 0.0))
+    return s.both(s.moved(0.7 * shifts / shifts.std()))
+
+
+def _jumps(s: _Trial) -> _Recording:
+    shifts = np.zeros((s.shape[0], 2))
+    for t in s.rng.integers(0, s.shape[0] - 4, 6):
+        shifts[t : t + 3] = s.rng.uniform(-4, 4, 2)
+    return s.both(s.moved(shifts))
+
+
+def _registered(s: _Trial) -> _Recording:
+    recorded, pairs = s.recorded(s.clean), np.rint(3 * s.rng.standard_normal((s.shape[0], 2))).astype(int)
+    inside = np.zeros(s.shape, bool)
+    for frame, (y, x) in zip(inside, pairs, strict=True):
+        frame[max(y, 0) : s.shape[1] + min(y, 0), max(x, 0) : s.shape[2] + min(x, 0)] = True
+    return s.clean * inside, recorded * inside
+
+
+def _interpolated(s: _Trial) -> _Recording:
+    shifts = s.rng.uniform(-0.5, 0.5, (s.shape[0], 2))
+    recorded = s.recorded(s.clean)
+    return s.clean, np.stack([shift(x, by, order=1, mode="nearest") for x, by in zip(recorded, shifts, strict=True)])
+
+
+def _enlarged(s: _Trial) -> _Recording:
+    small = s.clean[:, ::2, ::2]
+    return tuple(np.stack([zoom(frame, 2, order=1) for frame in x]) for x in s.both(small))
+
+
+def _running_mean(s: _Trial) -> _Recording:
+    clean, recorded = s.both(s.clean)
+    for t in range(1, len(clean)):
+        for frames in (clean, recorded):
+            frames[t] = (frames[t] + frames[t - 1]) / 2
+    return clean, recorded
+
+
+def _averaged(s: _Trial) -> _Recording:
+    four = s.recorded(np.repeat(s.clean, 4, 0))
+    return s.clean, four.reshape(s.shape[0], 4, *s.shape[1:]).mean(1)
+
+
+def _one_axis(s: _Trial) -> _Recording:
+    recorded = s.recorded(s.clean)
+    recorded[:, :, 1:] = 0.7 * recorded[:, :, 1:] + 0.3 * recorded[:, :, :-1]
+    return s.clean, recorded
+
+
+def _hot(s: _Trial) -> _Recording:
+    pixels = np.where(s.rng.random(s.shape[1:]) < 0.003, s.rng.uniform(500, 5000, s.shape[1:]), 0)
+    return s.clean + pixels, s.recorded(s.clean) + pixels
+
+
+def _ripple(s: _Trial) -> _Recording:
+    time = np.arange(np.prod(s.shape)).reshape(s.shape)
+    return s.clean, s.recorded(s.clean) + 25 * np.sin(0.813 * time)
+
+
+def _saturated(s: _Trial) -> _Recording:
+    recorded = s.recorded(s.clean)
+    most = np.quantile(recorded, 0.995)
+    return np.minimum(s.clean, most), np.minimum(recorded, most)
+
+
+def _vignette(s: _Trial) -> _Recording:
+    y, x = np.mgrid[: s.shape[1], : s.shape[2]] - np.array(s.shape[1:])[:, None, None] / 2
+    return s.both(s.clean * np.exp(-(y**2 + x**2) / 1200))
+
+
+def _with_light(s: _Trial, light: float, rows: slice = slice(None)) -> _Recording:
+    lit = s.clean.copy()
+    for first in (len(lit) // 4, 5 * len(lit) // 8):
+        lit[first : first + 4, rows] += light
+    return s.both(lit)
+
+
+def _black_columns(s: _Trial) -> _Recording:
+    inside = np.arange(s.shape[2]) >= s.shape[2] // 4
+    return s.clean * inside, s.recorded(s.clean) * inside
+
+
+def _dropped(s: _Trial) -> _Recording:
+    present = np.ones((s.shape[0], 1, 1))
+    present[s.shape[0] // 3 : s.shape[0] // 3 + 5] = 0
+    return s.clean * present, s.recorded(s.clean) * present
+
+
+def _repeated(s: _Trial) -> _Recording:
+    return tuple(np.repeat(x, 2, 0)[: s.shape[0]] for x in s.both(s.clean[::2]))
+
+
+def _two_planes(s: _Trial) -> _Recording:
+    clean = s.clean.copy()
+    clean[1::2] = 0.5 * s.beside()[1::2]
+    return s.both(clean)
+
+
+def _shifted_lines(s: _Trial) -> _Recording:
+    clean = s.clean.copy()
+    clean[:, 1::2] = np.roll(clean[:, 1::2], 2, 2)
+    return s.both(clean)
+
+
+def _drift_in_depth(s: _Trial) -> _Recording:
+    share = np.linspace(0, 1, s.shape[0])[:, None, None]
+    return s.both((1 - share) * s.clean + share * s.beside())
+
+
+def _few_photons(s: _Trial) -> _Recording:
+    dim = 0.05 * s.clean
+    return dim, s.rng.poisson(dim) + 2 * s.rng.standard_normal(s.shape)
+
+
+def _eight_bits(s: _Trial) -> _Recording:
+    clean, recorded = s.both(s.clean)
+    scale = 255 / np.quantile(recorded, 0.999)
+    return np.clip(scale * clean, 0, 255), np.clip(np.rint(scale * recorded), 0, 255).astype(np.uint8)
+
+
+def _noise_of_rows(s: _Trial) -> _Recording:
+    return s.clean, s.recorded(s.clean) + 20 * s.rng.standard_normal((*s.shape[:2], 1))
+
+
+def _flicker(s: _Trial) -> _Recording:
+    return s.both(s.clean * (1 + 0.05 * s.rng.standard_normal((s.shape[0], 1, 1))))
+
+
+def _spikes(s: _Trial) -> _Recording:
+    return s.clean, s.recorded(s.clean) + 4000 * (s.rng.random(s.shape) < 1e-4)
+
+
+ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
+    "none": lambda s: s.both(s.clean),
+    "an offset of 2,000, uint16": lambda s: (s.clean + 2000, np.clip(s.recorded(s.clean) + 2000, 0, None)),
+    "negative noise cut at 0": lambda s: (s.clean, np.clip(s.recorded(s.clean), 0, None)),
+    "scaled to 8 bits, clipped": _eight_bits,
+    "clipped at a detector's limit": _saturated,
+    "the field jitters by 0.7 pixels": _jitter,
+    "the field jumps by up to 4 pixels": _jumps,
+    "registered by whole pixels, borders black": _registered,
+    "registered with interpolation": _interpolated,
+    "brightness flickers by 5 %": _flicker,
+    "bleaching, to a fifth": lambda s: s.both(s.clean * np.exp(-1.6 * np.linspace(0, 1, len(s.clean)))[:, None, None]),
+    "noise that rows share": _noise_of_rows,
+    "electrical ripple": _ripple,
+    "hot pixels": _hot,
+    "cosmic rays": _spikes,
+    "enlarged twofold by interpolation": _enlarged,
+    "smeared along rows": _one_axis,
+    "recursive average along time": _running_mean,
+    "means of 4 frames": _averaged,
+    "vignetting": _vignette,
+    "a quarter of all columns black": _black_columns,
+    "five dropped frames": _dropped,
+    "every frame twice": _repeated,
+    "two planes by turns": _two_planes,
+    "every other line shifted by 2 pixels": _shifted_lines,
+    "slow drift to another plane": _drift_in_depth,
+    "few photons": _few_photons,
+    "light of a stimulus, 50 ADU in 8 frames": lambda s: _with_light(s, 50),
+    "light of a stimulus, 300 ADU in 8 frames": lambda s: _with_light(s, 300),
+    "light of a stimulus, 3,000 ADU in 8 frames": lambda s: _with_light(s, 3000),
+    "light of a stimulus, 500 ADU in a third of the rows of 8 frames": lambda s: _with_light(
+        s, 500, slice(s.shape[1] // 3, 2 * s.shape[1] // 3)
+    ),
+}
+"""From a trial to its truth and the recording of it, (T, H, W) both, by name."""
+
+
+def recording(name: str, shape: tuple[int, int, int]) -> _Recording:
+    """Truth in floating point and recording in integers, (T, H, W) both, of an artefact."""
+    clean, recorded = ARTEFACTS[name](_Trial(shape, _SEED))
+    if recorded.dtype.kind != "u":
+        kind = np.uint16 if recorded.min() >= 0 else np.int16
+        recorded = np.clip(np.rint(recorded), np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
+    return clean.astype(np.float32), recorded
+
+
+@app.default
+def artefacts(
+    *,
+    shape: Annotated[tuple[int, int, int], Parameter(negative="")] = (160, 80, 80),
+    only: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    iterations: int = 0,
+    write: Path | None = None,
+) -> int:
+    """Denoise a scene with one artefact at a time by the Gaussian filter and by the default recipe.
+
+    Parameters
+    ----------
+    shape
+        Frames, rows and columns of the scene.
+    only
+        Artefacts with any of these words in their name; by default all.
+    iterations
+        Of fine-tuning.
+    write
+        Markdown file whose table is replaced.
+    """
+    lines = ["| artefact | Gaussian filter | restormer3d | difference |", "|---|---|---|---|"]
+    for name in ARTEFACTS:
+        if only and not any(word in name for word in only):
+            continue
+        clean, noisy = recording(name, shape)
+        chosen = settings(iterations=iterations)
+        outputs = [denoise_array(noisy, chosen, method=method) for method in ("gaussian", "restormer3d")]
+        scores = [evaluate_stacks(clean, output) for output in outputs]
+        both = [(score["stsnr"], score["activity_snr"]) for score in scores]
+        cells = [f"{a:.2f} / {b:.2f}" for a, b in both]
+        change = " / ".join(f"{ours - filtered:+.2f}" for filtered, ours in zip(*both, strict=True))
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {change} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    command = f"python -m benchmarks.artefacts {without_folders(sys.argv[1:])}".strip()
+    origin = (
+        f"Computed by `{command}`: stSNR / activity SNR in dB of a scene of {' x '.join(map(str, shape))} with seed "
+        f"{_SEED}, after {iterations} iterations of fine-tuning; the filter's widths are chosen by held-out frames."
+    )
+    put = origin, "\n".join(lines)
+    print("\n\n".join(put))
+    if write is not None:
+        put_between(write, BEGIN, END, *put)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(app())

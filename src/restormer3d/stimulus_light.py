@@ -1,0 +1,172 @@
+"""Light of a stimulus: bands of rows of some frames that are brighter as a whole.
+
+A lamp that flashes for the animal also reaches the detector: every pixel of the rows that are read meanwhile has the
+same of it. That is far stronger than activity, and whatever smooths along time would smear it over frames it was not
+in. It is taken away before denoising, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_COLUMNS = 64  # of a row that are looked at, at most
+_ROWS = 9  # of which the middle one counts: edges of a lit band stay, single rows do not
+_WINDOW = 101  # frames around one, of which less than half are lit
+_LEAST_FRAMES = 16  # that tell what is usual
+_STRIDE = 10  # frames that share a window
+_BLOCK = 500  # frames that are looked at together, with those around
+_READ = 16  # frames that are read at once
+_SAMPLE = 100  # of them that the static image and the noise are measured on
+_LEAST_SPREADS = 12.0  # median absolute deviations of rows' brightness that light has somewhere,
+_LEAST_NOISE = 0.4  # and in deviations of a voxel's noise;
+_SHARE_BESIDE = 0.4  # as much in the other rows of its band,
+_SHARE_EVERYWHERE = 0.25  # and of a frame's light in every row, where all of them are lit
+_NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
+
+
+@dataclass(frozen=True)
+class WithoutLight:
+    """A stack (T, H, W) without the light that its rows share, in floating point: integers might wrap.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As recorded.
+    light : numpy.ndarray
+        What to take away from every pixel of a row, (T, H).
+    """
+
+    stack: Any
+    light: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns."""
+        return self.stack.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what slicing gives: float32, or float64 for integers of 32 bits and more."""
+        return np.result_type(self.stack.dtype, np.float32)
+
+    def __len__(self) -> int:
+        """Count the frames."""
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Slice as numpy does."""
+        light = np.broadcast_to(self.light[:, :, None], self.shape)
+        return np.subtract(self.stack[index], light[index], dtype=self.dtype)
+
+
+def stimulus_light(stack: Any) -> np.ndarray | None:
+    """Find light that all pixels of a row share, in frames that are fewer than half of those around them.
+
+    Light moves the median of what a row differs by from the static image, and the lower quartile with it. Activity that
+    does so would have to cover more than three quarters of the row.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Recorded intensities.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        Light in the stack's units, (T, H), float32, zero where there is none; None if there is none at all.
+    """
+    frames, height, width = stack.shape
+    if frames < _LEAST_FRAMES:
+        return None
+    columns = slice(None, None, -(-width // _COLUMNS))
+    light = np.zeros((frames, height), np.float32)
+    margin = _WINDOW // 2
+    for start in range(0, frames, _BLOCK):
+        first, stop = max(0, start - margin), min(frames, start + _BLOCK)
+        last = min(frames, stop + margin)
+        reads = range(first, last, _READ)
+        block = np.concatenate([stack[t : min(t + _READ, last)][:, :, columns] for t in reads])
+        block = block.astype(np.result_type(block, np.float32), copy=False)
+        light[start:stop] = _shared_light(block)[start - first : stop - first]
+    return light if light.any() else None
+
+
+def unlit_frames(light: np.ndarray | None) -> np.ndarray | None:
+    """Numbers of the frames without light (T, H), whose noise is as usual; None for all of them, or if few are."""
+    if light is None:
+        return None
+    unlit = np.flatnonzero(~light.any(1))
+    return unlit if len(unlit) >= _LEAST_FRAMES else None
+
+
+def put_back(frames: Iterator[np.ndarray], light: np.ndarray) -> Iterator[np.ndarray]:
+    """Add light (T, H) to denoised frames (H, W), as they come."""
+    for frame, rows in zip(frames, light, strict=True):
+        yield frame + rows[:, None]
+
+
+def _shared_light(frames: np.ndarray) -> np.ndarray:
+    """By how much bands of rows of frames (T, H, W) are brighter than in the frames around, (T, H)."""
+    some = frames[:: -(-len(frames) // _SAMPLE)]
+    least = _least_light(np.abs(np.diff(some, axis=0)))
+    frames = frames - np.median(some, axis=0)
+    width = frames.shape[2]
+    ranks = width // 4, width // 2
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ordered = pool.map(lambda frame: np.partition(frame, ranks, axis=1)[:, ranks], frames)
+        lower, middle = np.stack(list(ordered)).transpose(2, 0, 1)  # each (T, H)
+    lower, middle = (x - _usual(x) for x in (lower, middle))
+    light = np.zeros_like(middle)
+    for t, y in _lit_bands(lower, middle, least):
+        light[t, y] = np.median(middle[t, y])
+    return light
+
+
+def _least_light(steps: np.ndarray) -> float:
+    """What can be told from noise and from rounding, by the magnitude of frames' differences."""
+    if not steps.any():
+        return 0.0
+    deviation = float(np.median(steps)) / (_NORMAL_MEDIAN * np.sqrt(2))
+    return max(_LEAST_NOISE * deviation, 1.5 * float(steps[steps > 0].min()))
+
+
+def _lit_bands(lower: np.ndarray, middle: np.ndarray, least: float) -> list[tuple[int, slice]]:
+    """Frames and bands of rows whose quartile and median (T, H) are higher than usual, by `least` somewhere."""
+    height = middle.shape[1]
+    lower, middle = _middle_of_rows(lower), _middle_of_rows(middle)
+    of_frames = np.median(middle, axis=1, keepdims=True)
+    whole = (of_frames > _least(of_frames, least)) & (middle.min(1, keepdims=True) > _SHARE_EVERYWHERE * of_frames)
+    bright = whole | (middle > _least(middle, least))
+    lit = whole | (middle > _SHARE_BESIDE * _least(middle, least))
+    lit = np.pad(lit & (whole | (lower > middle / 2)), ((0, 0), (1, 1)))
+    starts, ends = (np.argwhere(edge) for edge in (lit[:, 1:] & ~lit[:, :-1], lit[:, :-1] & ~lit[:, 1:]))
+    bands = [(t, slice(top, end)) for (t, top), (_, end) in zip(starts, ends, strict=True)]
+    return [(t, y) for t, y in bands if y.stop - y.start >= min(_ROWS, height) and bright[t, y].any()]
+
+
+def _least(rows: np.ndarray, least: float) -> np.ndarray:
+    """From where on rows (T, H) are brighter than the like of them are by chance, (H,)."""
+    spread = np.median(np.abs(rows), axis=0)
+    return np.maximum(least, _LEAST_SPREADS * np.maximum(spread, np.median(spread)))
+
+
+def _usual(values: np.ndarray) -> np.ndarray:
+    """Median over the frames around each of (T, H)."""
+    frames = len(values)
+    around = np.lib.stride_tricks.sliding_window_view(values, min(_WINDOW, frames), axis=0)[::_STRIDE]
+    start = np.clip(np.arange(frames) - _WINDOW // 2, 0, None) // _STRIDE
+    return np.median(around, axis=2)[np.minimum(start, len(around) - 1)]
+
+
+def _middle_of_rows(values: np.ndarray) -> np.ndarray:
+    """Median over some rows around each of (T, H)."""
+    height = values.shape[1]
+    around = np.lib.stride_tricks.sliding_window_view(values, min(_ROWS, height), axis=1)
+    start = np.clip(np.arange(height) - _ROWS // 2, 0, around.shape[1] - 1)
+    return np.median(around, axis=2)[:, start]

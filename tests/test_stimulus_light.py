@@ -1,0 +1,161 @@
+"""Light that bands of rows share: found, taken away and put back, and not confused with activity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from restormer3d.denoising import silent, start_denoising
+from restormer3d.inspection import describe, inspect
+from restormer3d.noise import estimate_noise
+from restormer3d.settings import settings
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
+from restormer3d.stimulus_light import WithoutLight, put_back, stimulus_light, unlit_frames
+
+from .conftest import blinking_cells, photons
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return blinking_cells(120, 48, 56)
+
+
+def lit(clean, places, amount):
+    light = np.zeros(clean.shape[:2])
+    for frames, rows in places:
+        light[frames, rows] = amount
+    return clean + light[:, :, None], light
+
+
+@pytest.mark.parametrize("amount", [60, 400, 5000])
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(slice(30, 34), slice(None)), (slice(90, 91), slice(None))],
+        [(slice(30, 31), slice(12, 40)), (slice(0, 2), slice(0, 15)), (slice(119, 120), slice(20, 48))],
+    ],
+)
+def test_light_is_found_where_it_is(plain, places, amount):
+    clean, light = lit(plain, places, amount)
+    found = stimulus_light(photons(clean))
+    off = np.abs(found - light)
+    noise = np.sqrt(40 * (plain.mean() + amount) + 400)
+    edges = (found > 0) != (light > 0)  # the last rows of a band may be missed
+    assert edges.sum() <= 6 * len(places)
+    assert off[~edges].max() < 0.2 * noise
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("seed", [5, 6])
+def test_activity_is_no_light(level, seed):
+    assert (
+        stimulus_light(NoisyScene(simulate_scene((150, 64, 64), seed=seed), *noise_parameters(level), seed=1)) is None
+    )
+
+
+def test_a_bright_cell_that_fills_half_the_rows_is_no_light(plain):
+    cell = plain.copy()
+    cell[50:60, 10:40, :30] += 2000
+    assert stimulus_light(photons(cell)) is None
+
+
+def test_what_is_not_light(plain):
+    bleaching = plain * np.exp(-np.arange(120) / 60)[:, None, None]
+    flicker = plain * (1 + 0.05 * np.random.default_rng(0).standard_normal((120, 1, 1)))
+    for clean in (plain, bleaching, flicker):
+        assert stimulus_light(photons(clean)) is None
+    assert stimulus_light(np.full((40, 20, 20), 7, np.uint8)) is None
+    assert stimulus_light(photons(lit(plain[:15], [(slice(3, 4), slice(None))], 400)[0])) is None  # too few to compare
+    dropped = photons(plain)
+    dropped[40:44] = 0
+    assert stimulus_light(dropped) is None
+
+
+def test_few_photons_are_no_light():
+    """Medians of small integers jump by one."""
+    counts = np.random.default_rng(3).poisson(np.full((120, 64, 64), 1.3)).astype(np.uint16)
+    assert stimulus_light(counts) is None
+
+
+def test_long_recordings_are_looked_at_in_blocks():
+    rng = np.random.default_rng(1)
+    drifting = 500 + 0.5 * np.arange(1100)[:, None, None] + 20 * rng.standard_normal((1100, 24, 20))
+    places = [0, 455, 499, 500, 505, 999, 1000, 1099]
+    clean, light = lit(drifting, [(t, slice(None)) for t in places], 300.0)
+    found = stimulus_light(clean.astype(np.float32))
+    assert np.flatnonzero(found.any(1)).tolist() == places
+    assert np.abs(found - light).max() < 30  # at both ends the frames around are on one side
+
+
+def test_slices_are_those_of_the_array(plain):
+    recorded = np.clip(photons(plain), 0, None).astype(np.uint16)
+    light = np.zeros(plain.shape[:2], np.float32)
+    light[3:9, 5:] = 1000.5
+    stack, dense = WithoutLight(recorded, light), recorded - light[:, :, None]
+    assert (stack.shape, stack.dtype, len(stack)) == (recorded.shape, np.float32, 120)
+    for index in (5, slice(2, 7), (slice(0, 9, 2), slice(3, 8), slice(10, 4, -1)), (4, slice(1, 6)), np.array([8, 2])):
+        part = stack[index]
+        assert part.dtype == np.float32
+        np.testing.assert_array_equal(part, dense[index])
+    assert dense.min() < -500  # unsigned integers would have wrapped
+
+
+def test_a_large_offset_costs_no_precision(plain):
+    clean, light = lit(plain, [(slice(30, 34), slice(None))], 400)
+    recorded = photons(clean)
+    far = recorded.astype(np.int32) + 2_000_000_000
+    np.testing.assert_array_equal(stimulus_light(far), stimulus_light(recorded))
+    assert WithoutLight(far, light)[31].dtype == np.float64
+
+
+def test_denoising_goes_around_the_light():
+    scene = simulate_scene((96, 64, 64), seed=78)
+    clean = scene[:].astype(np.float64)
+    bright, light = lit(clean, [(slice(40, 43), slice(None)), (slice(70, 71), slice(20, 50))], 2000)
+    noisy = photons(bright, seed=3)
+    chosen, said = settings(iterations=0), []
+
+    def denoised(stack, **changes):
+        changed = replace(chosen, inference=chosen.inference.model_copy(update=changes))
+        result = start_denoising(stack, changed, "restormer3d", torch.device("cpu"), None, silent, said.append)
+        return np.stack(list(result.frames)), result.record["stimulus_light"]
+
+    def error(out, truth=bright):
+        dark = ~light.any(1)
+        return np.square(out - truth)[dark].mean()
+
+    (out, record), (without, nothing) = denoised(noisy), denoised(noisy, stimulus_light=False)
+    never_lit, none_found = denoised(photons(clean, seed=3))
+    assert nothing is none_found is None
+    assert record["frames"] == 4
+    assert 1900 < record["largest"] < 2100
+    assert any("4 frames are brighter as a whole" in line for line in said)
+    assert error(out) < 0.5 * error(without)
+    assert error(out) < 2 * error(never_lit, clean)  # lit frames have more noise than the others
+    assert abs((out - bright)[light > 0].mean()) < 20
+
+
+def test_light_comes_back_frame_by_frame():
+    frames, light = np.arange(24.0).reshape(2, 3, 4), np.array([[0.0, 0, 0], [0, 5, 7]])
+    out = list(put_back(iter(frames), light))
+    np.testing.assert_array_equal(out, frames + light[:, :, None])
+
+
+def test_noise_is_that_of_frames_without_light(plain):
+    clean, light = lit(plain, [(slice(a, a + 2), slice(None)) for a in range(0, 120, 12)], 600)
+    noise = estimate_noise(photons(clean), frames=unlit_frames(light))
+    assert noise.gain == pytest.approx(40, rel=0.15)
+    assert max(np.abs(noise.correlation["t"])) < 0.05
+    assert unlit_frames(None) is unlit_frames(np.ones((120, 48))) is None
+
+
+def test_inspect_says_so(plain, tmp_path):
+    path = tmp_path / "lit.tif"
+    tifffile.imwrite(path, photons(lit(plain, [(slice(30, 33), slice(None))], 400)[0]))
+    facts = inspect(path)
+    assert facts["lit_frames"] == 3
+    assert "rows of 3 frames are brighter as a whole" in describe(facts)
