@@ -226,7 +226,7 @@ def test_an_artefact_leaves_noise_around_its_truth(name):
     assert noisy.dtype.kind in "iu"
     noise = noisy - clean
     assert noise.std() > 1
-    assert abs(noise.mean()) < 0.25 * noise.std()
+    assert abs(noise.mean()) < 0.4 * noise.std()  # cut at 0, noise has a mean
 
 
 def test_artefacts_differ(tmp_path):
