@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,9 +21,9 @@ from restormer3d.fields import SIDE, least_deviation
 from restormer3d.footprints import take_apart
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.patches import measured_stack
+from restormer3d.processes import process_pool
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, random_scene_parameters, simulate_scene
-from restormer3d.simulation.images import one_thread_each
 from restormer3d.simulation.parameters import log_uniform
 from restormer3d.static_image import denoise_mean, stabilized
 from restormer3d.unets import lag_one
@@ -115,9 +113,7 @@ def prepare_scenes(
             there += 1
             yield there
         return
-    # Spawned: the caller may have started CUDA, which no fork survives.
-    spawned = multiprocessing.get_context("spawn")
-    with one_thread_each(), ProcessPoolExecutor(workers, spawned, initializer=_start) as processes:
+    with process_pool(workers) as processes:
         for done in as_completed([processes.submit(_prepare, simulated, folder, seed, number) for number in missing]):
             done.result()
             there += 1
@@ -226,11 +222,6 @@ def _parameters(rng: np.random.Generator) -> tuple[dict, dict]:
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.pt"
-
-
-def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
-    torch.set_num_threads(1)
 
 
 def _prepare(simulated: Callable[[int, int], AnyScene | None], folder: Path, seed: int, number: int) -> None:

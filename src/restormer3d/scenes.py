@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,13 +11,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack, training_stack
+from restormer3d.processes import process_pool
 from restormer3d.simulation import NoisyScene, random_scene_parameters, simulate_scene
-from restormer3d.simulation.images import one_thread_each
 
 _ITERATIONS_PER_SCENE = 8  # a new simulated scene replaces the oldest in the pool after so many iterations
 _POOL = 6  # simulated scenes that batches are drawn from at one time
@@ -87,7 +84,7 @@ def scenes_ahead(model: Restormer3D, scenes: Scenes, workers: int) -> Iterator[C
 
     def scene(number: int) -> TrainingStack:
         if not processes:
-            processes.append(until_end.enter_context(_processes(model, scenes, workers)))
+            processes.append(until_end.enter_context(process_pool(workers, _tell, copy.deepcopy(model).cpu(), scenes)))
         near = [each % scenes.count for each in range(number - _POOL, number + _POOL + _AHEAD * workers)]
         for each in set(coming).difference(near):
             del coming[each]
@@ -103,27 +100,10 @@ def scenes_ahead(model: Restormer3D, scenes: Scenes, workers: int) -> Iterator[C
         yield scene
 
 
-@contextmanager
-def _processes(model: Restormer3D, scenes: Scenes, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes, which are told once what they need."""
-    context = multiprocessing.get_context("spawn")  # the caller may have started CUDA, which no fork survives
-    told = (copy.deepcopy(model).cpu(), scenes)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=told)
-    try:
-        with one_thread_each():
-            for _ in range(workers):
-                pool.submit(int)  # starts a process, as none is idle yet
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 _told: list[tuple[Restormer3D, Scenes]] = []  # in a process that prepares scenes: by what
 
 
-def _start(model: Restormer3D, scenes: Scenes) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
-    torch.set_num_threads(1)
+def _tell(model: Restormer3D, scenes: Scenes) -> None:
     _told.append((model, scenes))
 
 

@@ -6,8 +6,6 @@ Nothing here imports PyTorch: the processes start in a fraction of a second.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Full
@@ -15,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from restormer3d.processes import SPAWN, leave_ctrl_c_to_the_caller, one_thread_each
 from restormer3d.simulation.generation import simulate_scene
 from restormer3d.simulation.parameters import log_uniform, random_scene_parameters
 from restormer3d.simulation.textures import random_texture
 
 _FRAMES = 12  # of a simulated scene, that its image is the mean of
 _WAITING = 2048  # images that are drawn ahead
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def draw_image(seed: int, number: int, side: int) -> np.ndarray:
@@ -60,10 +58,9 @@ def images_ahead(seed: int, first: int, side: int, workers: int) -> Iterator[Cal
         Takes the images that are there, in no particular order; waits only until there are as many as its argument.
         It raises RuntimeError if the processes it waits for have died.
     """
-    context = multiprocessing.get_context("spawn")  # the caller may have started CUDA, which no fork survives
-    images = context.Queue(_WAITING)
+    images = SPAWN.Queue(_WAITING)
     processes = [
-        context.Process(target=_draw_on, args=(images, seed, first + worker, workers, side), daemon=True)
+        SPAWN.Process(target=_draw_on, args=(images, seed, first + worker, workers, side), daemon=True)
         for worker in range(workers)
     ]
 
@@ -90,25 +87,9 @@ def images_ahead(seed: int, first: int, side: int, workers: int) -> Iterator[Cal
         images.close()
 
 
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let the libraries of processes that are started within the block compute on one thread."""
-    variables: dict[str, str] = dict.fromkeys(_THREADS, "1")  # read when the libraries are loaded
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _draw_on(images: Any, seed: int, number: int, step: int, side: int) -> None:
     """Draw every `step`-th image until the process that wants them is gone, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
+    leave_ctrl_c_to_the_caller()
     images.cancel_join_thread()
     parent = multiprocessing.parent_process()
     image = draw_image(seed, number, side)
