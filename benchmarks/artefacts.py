@@ -24,6 +24,7 @@ from restormer3d.settings import settings
 BEGIN = "<!-- artefact table: begin (written by benchmarks.artefacts --write; edit nothing here by hand) -->"
 END = "<!-- artefact table: end -->"
 _SEED = 9_300_000
+_BORDER = 8  # pixels around the field that it may move to
 _GAIN, _READ_NOISE = 100.0, 1000.0  # ADU per photon, ADU^2
 _Recording = tuple[np.ndarray, np.ndarray]
 
@@ -58,16 +59,19 @@ def other_scene(shape: tuple[int, int, int], seed: int) -> np.ndarray:
 
 @dataclass
 class _Trial:
-    """A scene to spoil: clean frames, the ones of another plane or a larger field, and chance."""
+    """A scene to spoil: clean frames of the field and of what is around it, and chance."""
 
     shape: tuple[int, int, int]
     seed: int
     rng: np.random.Generator = field(init=False)
+    wider: np.ndarray = field(init=False)
     clean: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed + 1)
-        self.clean = other_scene(self.shape, self.seed)
+        frames, height, width = self.shape
+        self.wider = other_scene((frames, height + 2 * _BORDER, width + 2 * _BORDER), self.seed)
+        self.clean = self.wider[:, _BORDER:-_BORDER, _BORDER:-_BORDER].copy()
 
     def recorded(self, clean: np.ndarray) -> np.ndarray:
         """Photons and read noise, in ADU."""
@@ -84,9 +88,8 @@ class _Trial:
 
     def moved(self, shifts: np.ndarray) -> np.ndarray:
         """Clean frames whose field is displaced by rows and columns (T, 2)."""
-        frames, height, width = self.shape
-        wider = other_scene((frames, height + 16, width + 16), self.seed)
-        return np.stack([shift(x, by, order=1)[8:-8, 8:-8] for x, by in zip(wider, shifts, strict=True)])
+        inside = slice(_BORDER, -_BORDER)
+        return np.stack([shift(x, by, order=1)[inside, inside] for x, by in zip(self.wider, shifts, strict=True)])
 
 
 def _jitter(s: _Trial) -> _Recording:
@@ -160,10 +163,16 @@ def _vignette(s: _Trial) -> _Recording:
     return s.both(s.clean * np.exp(-(y**2 + x**2) / 1200))
 
 
-def _with_light(s: _Trial, light: float, rows: slice = slice(None)) -> _Recording:
+def _with_light(s: _Trial, light: float, rows: slice = slice(None), frames: int = 4) -> _Recording:
     lit = s.clean.copy()
     for first in (len(lit) // 4, 5 * len(lit) // 8):
-        lit[first : first + 4, rows] += light
+        lit[first : first + frames, rows] += light
+    return s.both(lit)
+
+
+def _uneven_light(s: _Trial) -> _Recording:
+    lit = s.clean.copy()
+    lit[len(lit) // 2 : len(lit) // 2 + 4] += np.linspace(100, 500, s.shape[1])[:, None]
     return s.both(lit)
 
 
@@ -250,12 +259,14 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "every other line shifted by 2 pixels": _shifted_lines,
     "slow drift to another plane": _drift_in_depth,
     "few photons": _few_photons,
-    "light of a stimulus, 50 ADU in 8 frames": lambda s: _with_light(s, 50),
-    "light of a stimulus, 300 ADU in 8 frames": lambda s: _with_light(s, 300),
-    "light of a stimulus, 3,000 ADU in 8 frames": lambda s: _with_light(s, 3000),
-    "light of a stimulus, 500 ADU in a third of the rows of 8 frames": lambda s: _with_light(
+    "light, 50 ADU in 8 frames": lambda s: _with_light(s, 50),
+    "light, 300 ADU in 8 frames": lambda s: _with_light(s, 300),
+    "light, 3,000 ADU in 8 frames": lambda s: _with_light(s, 3000),
+    "light, 500 ADU in a third of the rows of 8 frames": lambda s: _with_light(
         s, 500, slice(s.shape[1] // 3, 2 * s.shape[1] // 3)
     ),
+    "light, 100 to 500 ADU from the first to the last row of 4 frames": _uneven_light,
+    "light, 300 ADU in 80 frames": lambda s: _with_light(s, 300, frames=40),
 }
 """From a trial to its truth and the recording of it, (T, H, W) both, by name."""
 

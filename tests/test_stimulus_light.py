@@ -57,9 +57,10 @@ def test_activity_is_no_light(level, seed):
     )
 
 
-def test_a_bright_cell_that_fills_half_the_rows_is_no_light(plain):
+@pytest.mark.parametrize("rows", [slice(10, 40), slice(None)])
+def test_a_cell_that_fills_half_of_the_field_is_no_light(plain, rows):
     cell = plain.copy()
-    cell[50:60, 10:40, :30] += 2000
+    cell[50:60, rows, :30] += 2000
     assert stimulus_light(photons(cell)) is None
 
 
@@ -91,12 +92,18 @@ def test_long_recordings_are_looked_at_in_blocks():
     assert np.abs(found - light).max() < 30  # at both ends the frames around are on one side
 
 
+def test_a_short_last_block_has_as_many_frames_around():
+    clean, light = lit(np.full((501, 24, 20), 500.0), [(slice(465, 501), slice(None))], 300.0)
+    found = stimulus_light(clean + 20 * np.random.default_rng(1).standard_normal(clean.shape))
+    assert np.abs(found - light).max() < 20
+
+
 def test_slices_are_those_of_the_array(plain):
     recorded = np.clip(photons(plain), 0, None).astype(np.uint16)
     light = np.zeros(plain.shape[:2], np.float32)
     light[3:9, 5:] = 1000.5
     stack, dense = WithoutLight(recorded, light), recorded - light[:, :, None]
-    assert (stack.shape, stack.dtype, len(stack)) == (recorded.shape, np.float32, 120)
+    assert (stack.shape, stack.dtype) == (recorded.shape, np.float32)
     for index in (5, slice(2, 7), (slice(0, 9, 2), slice(3, 8), slice(10, 4, -1)), (4, slice(1, 6)), np.array([8, 2])):
         part = stack[index]
         assert part.dtype == np.float32
@@ -139,6 +146,15 @@ def test_denoising_goes_around_the_light():
     assert abs((out - bright)[light > 0].mean()) < 20
 
 
+def test_the_filter_that_stands_in_for_the_network_keeps_the_light(plain):
+    bright, _ = lit(plain[:40], [(slice(20, 22), slice(None))], 2000)
+    cpu, said = torch.device("cpu"), []
+    result = start_denoising(photons(bright), settings(iterations=0), "restormer3d", cpu, 1e-3, silent, said.append)
+    assert result.record["method"] == "gaussian"
+    assert result.record["stimulus_light"]["frames"] == 2
+    assert np.stack(list(result.frames))[20].mean() == pytest.approx(bright[20].mean(), rel=0.02)
+
+
 def test_light_comes_back_frame_by_frame():
     frames, light = np.arange(24.0).reshape(2, 3, 4), np.array([[0.0, 0, 0], [0, 5, 7]])
     out = list(put_back(iter(frames), light))
@@ -150,7 +166,7 @@ def test_noise_is_that_of_frames_without_light(plain):
     noise = estimate_noise(photons(clean), frames=unlit_frames(light))
     assert noise.gain == pytest.approx(40, rel=0.15)
     assert max(np.abs(noise.correlation["t"])) < 0.05
-    assert unlit_frames(None) is unlit_frames(np.ones((120, 48))) is None
+    assert unlit_frames(np.ones((120, 48))) is None
 
 
 def test_inspect_says_so(plain, tmp_path):
@@ -159,3 +175,9 @@ def test_inspect_says_so(plain, tmp_path):
     facts = inspect(path)
     assert facts["lit_frames"] == 3
     assert "rows of 3 frames are brighter as a whole" in describe(facts)
+    tifffile.imwrite(path, photons(plain))
+    unlit = inspect(path)
+    assert unlit["lit_frames"] == 0
+    assert "brighter as a whole" not in describe(unlit)
+    assert facts["normalization"]["high"] == pytest.approx(unlit["normalization"]["high"], rel=0.1)
+    assert facts["percentiles"][99.5] > 1.2 * unlit["percentiles"][99.5]

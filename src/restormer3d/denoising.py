@@ -137,11 +137,40 @@ def start_denoising(
     if method != "restormer3d":
         return _filtered(stack, chosen, method, progress, say)
     started = time.monotonic()
+    light = stimulus_light(stack) if chosen.inference.stimulus_light else None
+    measured = None
+    if light is not None:
+        say(
+            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by a "
+            "stimulus: that light is taken away before denoising and put back afterwards"
+        )
+        stack, measured = WithoutLight(stack, light), unlit_frames(light)  # the light's photons are noise, too
+    left = None if seconds is None else seconds - (time.monotonic() - started)
+    denoised = _by_network(stack, measured, chosen, device, left, progress, say, pretrained)
+    if light is None:
+        return replace(denoised, record=denoised.record | {"stimulus_light": None})
+    found = {"frames": int(light.any(1).sum()), "largest": float(light.max())}
+    return replace(
+        denoised, frames=put_back(denoised.frames, light), record=denoised.record | {"stimulus_light": found}
+    )
+
+
+def _by_network(
+    stack: Any,
+    measured: np.ndarray | None,
+    chosen: Settings,
+    device: torch.device,
+    seconds: float | None,
+    progress: Progress,
+    say: Say,
+    pretrained: Pretrained | None,
+) -> Denoised:
+    """Fit filters and network; noise is measured on the frames `measured`, on all where that is None."""
+    started = time.monotonic()
     engine, precision = usable(chosen.engine, chosen.precision, device)
     if precision != chosen.precision:
         say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
-    stack, light = _without_light(stack, chosen.inference, say)
-    source, noise = _source(stack, light, chosen, say)
+    source, noise = _source(stack, measured, chosen, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
     source, adapted = _adapt(model, source, chosen, device, seconds, say)
     calibration = calibrate(model, source, chosen, device)
@@ -168,9 +197,6 @@ def start_denoising(
     seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
     record |= {"noise": asdict(noise) if noise else {}, "mixture": adapted, "seconds": seconds_spent}
     frames, afterwards = _denoised_frames(model, source, noise, chosen, device, precision, progress, say)
-    if light is not None:
-        frames = put_back(frames, light)
-        afterwards["stimulus_light"] = {"frames": int(light.any(1).sum()), "largest": float(light.max())}
     return Denoised(frames, record | afterwards, model)
 
 
@@ -209,7 +235,7 @@ def _denoised_frames(
         frames = _with_static_image(frames, denoise, source, static)
     used = {"footprints": FOOTPRINT_WEIGHTS, "courses": COURSE_WEIGHTS}
     record = {name: file_record(shipped_file(file)) if name in steps else None for name, file in used.items()}
-    record |= {"components": added is not None, "stimulus_light": None, "static_image": None}
+    record |= {"components": added is not None, "static_image": None}
     if static is not None and parts.static_image:
         record["static_image"] = file_record(shipped_file(IMAGE_WEIGHTS))
     return frames, record
@@ -314,23 +340,11 @@ def _with_static_image(
     yield from (frame + change for frame in frames)
 
 
-def _without_light(stack: Any, parts: InferenceConfig, say: Say) -> tuple[Any, np.ndarray | None]:
-    """Take the light of a stimulus away, if there is any."""
-    light = stimulus_light(stack) if parts.stimulus_light else None
-    if light is None:
-        return stack, None
-    say(
-        f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by a "
-        "stimulus: that light is taken away before denoising and put back afterwards"
-    )
-    return WithoutLight(stack, light), light
-
-
 def _source(
-    stack: Any, light: np.ndarray | None, chosen: Settings, say: Say
+    stack: Any, measured: np.ndarray | None, chosen: Settings, say: Say
 ) -> tuple[TrainingStack, NoiseEstimate | None]:
     """Measure what training needs of a stack, its blind spot included."""
-    noise = estimate_noise(stack, frames=unlit_frames(light)) if stack.shape[0] > 1 else None
+    noise = estimate_noise(stack, frames=measured) if stack.shape[0] > 1 else None
     source = measured_stack(stack, noise, chosen.training.blind_spot)
     if chosen.training.blind_spot == "auto" and any(source.blind_spot):
         say(

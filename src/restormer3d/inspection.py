@@ -11,7 +11,7 @@ from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
-from restormer3d.stimulus_light import stimulus_light, unlit_frames
+from restormer3d.stimulus_light import WithoutLight, stimulus_light, unlit_frames
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        File, shape, dtype, axes, size, percentiles, frames lit by a stimulus, noise (photon transfer,
-        correlation) and blind spot.
+        File, shape, dtype, axes, size, percentiles, normalization, frames lit by a stimulus, noise (photon
+        transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -36,7 +36,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     with open_stack(path) as stack:
         check = check_stack(stack)
         light = stimulus_light(stack)
-        noise = estimate_noise(stack, frames=unlit_frames(light))
+        seen = stack if light is None else WithoutLight(stack, light)
+        noise = estimate_noise(seen, frames=None if light is None else unlit_frames(light))
         percentiles = (0.5, 50.0, 99.5)
         values = [estimate_normalization(stack, percentiles=(low, 100.0)).low for low in percentiles]
         return {
@@ -49,6 +50,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "minimum": check.minimum,
             "maximum": check.maximum,
             "percentiles": dict(zip(percentiles, values, strict=True)),
+            "normalization": asdict(estimate_normalization(seen)),
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
             "noise": asdict(noise),
             "blind_spot": blind_spot_extent(noise),
@@ -80,7 +82,7 @@ def describe(facts: dict[str, Any]) -> str:
         else f"{photons:.3g} per pixel and frame (median)",
         "noise at lag 1": f"x {seen['x']}, y {seen['y']}, t {seen['t']} (correlation; 0 is white)",
         "blind spot": f"{wide} voxels (frames x rows x columns)" + " because neighbors are correlated" * any(extent),
-        "denoise would": f"normalize to {facts['percentiles'][0.5]:g} .. {facts['percentiles'][99.5]:g}, run "
+        "denoise would": f"normalize to {facts['normalization']['low']:g} .. {facts['normalization']['high']:g}, run "
         f"{training_plan(chosen)} in windows of {window} with "
         f"{chosen.inference.overlap_t:.0%} overlap, and write {facts['dtype']} of the same shape",
     }

@@ -87,7 +87,7 @@ def estimate_noise(
     max_side : int
         Largest height and width that is looked at, pixels.
     frames : numpy.ndarray of int, optional
-        Numbers of the frames to look at, increasing, at least 2; all by default.
+        Numbers of the frames to look at, increasing, at least 2; all by default. Runs go on over what is left out.
 
     Returns
     -------
@@ -209,8 +209,8 @@ def _read_runs(stack: Any, frames: np.ndarray, max_frames: int, max_side: int) -
     top, left = max(0, height - max_side) // 2, max(0, width - max_side) // 2
     field = slice(top, top + min(height, max_side)), slice(left, left + min(width, max_side))
     starts = np.linspace(0, len(frames) - run, count).astype(int)
-    runs = (np.concatenate([stack[t : t + 1, *field] for t in frames[a : a + run]]) for a in starts)
-    return np.stack([x.astype(np.float32) for x in runs])
+    runs = (frames[a : a + run] for a in starts)
+    return np.stack([stack[t[0] : t[-1] + 1, *field][t - t[0]].astype(np.float32) for t in runs])
 
 
 def _still_runs(sample: np.ndarray) -> np.ndarray:

@@ -62,5 +62,6 @@ def leave_ctrl_c_to_the_caller() -> None:
 
 def _begin(tell: Callable[..., Any] | None, *told: Any) -> None:
     leave_ctrl_c_to_the_caller()
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # for one that was started late, by a task
     if tell is not None:
         tell(*told)

@@ -20,13 +20,13 @@ _ROWS = 9  # of which the middle one counts: edges of a lit band stay, single ro
 _WINDOW = 101  # frames around one, of which less than half are lit
 _LEAST_FRAMES = 16  # that tell what is usual
 _STRIDE = 10  # frames that share a window
-_BLOCK = 500  # frames that are looked at together, with those around
+_BLOCK = 500  # frames that are looked at together, with those around; fewer of more rows
+_BLOCK_VALUES = 2**24
 _READ = 16  # frames that are read at once
 _SAMPLE = 100  # of them that the static image and the noise are measured on
 _LEAST_SPREADS = 12.0  # median absolute deviations of rows' brightness that light has somewhere,
 _LEAST_NOISE = 0.4  # and in deviations of a voxel's noise;
-_SHARE_BESIDE = 0.4  # as much in the other rows of its band,
-_SHARE_EVERYWHERE = 0.25  # and of a frame's light in every row, where all of them are lit
+_SHARE_BESIDE = 0.4  # as much in the other rows of its band, or of the frame's, where all rows are lit
 _NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
@@ -55,18 +55,14 @@ class WithoutLight:
         """Of what slicing gives: float32, or float64 for integers of 32 bits and more."""
         return np.result_type(self.stack.dtype, np.float32)
 
-    def __len__(self) -> int:
-        """Count the frames."""
-        return self.shape[0]
-
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Slice as numpy does."""
+        """Slice as the stack does."""
         light = np.broadcast_to(self.light[:, :, None], self.shape)
         return np.subtract(self.stack[index], light[index], dtype=self.dtype)
 
 
 def stimulus_light(stack: Any) -> np.ndarray | None:
-    """Find light that all pixels of a row share, in frames that are fewer than half of those around them.
+    """Find light that all pixels of a row share, in frames that are fewer than half of the hundred around them.
 
     Light moves the median of what a row differs by from the static image, and the lower quartile with it. Activity that
     does so would have to cover more than three quarters of the row.
@@ -79,28 +75,30 @@ def stimulus_light(stack: Any) -> np.ndarray | None:
     Returns
     -------
     numpy.ndarray or None
-        Light in the stack's units, (T, H), float32, zero where there is none; None if there is none at all.
+        Light in the stack's units, (T, H), float32, zero where there is none; None if there is none at all, or if
+        there are fewer than 16 frames.
     """
     frames, height, width = stack.shape
     if frames < _LEAST_FRAMES:
         return None
     columns = slice(None, None, -(-width // _COLUMNS))
+    together = max(_WINDOW, min(_BLOCK, _BLOCK_VALUES // (_COLUMNS * height)))
     light = np.zeros((frames, height), np.float32)
     margin = _WINDOW // 2
-    for start in range(0, frames, _BLOCK):
-        first, stop = max(0, start - margin), min(frames, start + _BLOCK)
+    for start in range(0, frames, together):
+        first = max(0, min(start - margin, frames - _WINDOW))
+        stop = min(frames, start + together)
         last = min(frames, stop + margin)
         reads = range(first, last, _READ)
         block = np.concatenate([stack[t : min(t + _READ, last)][:, :, columns] for t in reads])
-        block = block.astype(np.result_type(block, np.float32), copy=False)
-        light[start:stop] = _shared_light(block)[start - first : stop - first]
+        found = _shared_light(block.astype(np.result_type(block, np.float32), copy=False))[start - first : stop - first]
+        if found.any():  # what is never written takes no memory
+            light[start:stop] = found
     return light if light.any() else None
 
 
-def unlit_frames(light: np.ndarray | None) -> np.ndarray | None:
-    """Numbers of the frames without light (T, H), whose noise is as usual; None for all of them, or if few are."""
-    if light is None:
-        return None
+def unlit_frames(light: np.ndarray) -> np.ndarray | None:
+    """Numbers of the frames without light (T, H), whose noise is as usual; None if they are fewer than 16."""
     unlit = np.flatnonzero(~light.any(1))
     return unlit if len(unlit) >= _LEAST_FRAMES else None
 
@@ -112,12 +110,11 @@ def put_back(frames: Iterator[np.ndarray], light: np.ndarray) -> Iterator[np.nda
 
 
 def _shared_light(frames: np.ndarray) -> np.ndarray:
-    """By how much bands of rows of frames (T, H, W) are brighter than in the frames around, (T, H)."""
+    """By how much bands of rows of frames (T, H, W) are brighter than in the frames around, (T, H). Changes them."""
     some = frames[:: -(-len(frames) // _SAMPLE)]
     least = _least_light(np.abs(np.diff(some, axis=0)))
-    frames = frames - np.median(some, axis=0)
-    width = frames.shape[2]
-    ranks = width // 4, width // 2
+    frames -= np.median(some, axis=0)
+    ranks = frames.shape[2] // 4, frames.shape[2] // 2
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ordered = pool.map(lambda frame: np.partition(frame, ranks, axis=1)[:, ranks], frames)
         lower, middle = np.stack(list(ordered)).transpose(2, 0, 1)  # each (T, H)
@@ -140,11 +137,13 @@ def _lit_bands(lower: np.ndarray, middle: np.ndarray, least: float) -> list[tupl
     """Frames and bands of rows whose quartile and median (T, H) are higher than usual, by `least` somewhere."""
     height = middle.shape[1]
     lower, middle = _middle_of_rows(lower), _middle_of_rows(middle)
+    shared = lower > middle / 2
     of_frames = np.median(middle, axis=1, keepdims=True)
-    whole = (of_frames > _least(of_frames, least)) & (middle.min(1, keepdims=True) > _SHARE_EVERYWHERE * of_frames)
+    everywhere = (middle > _SHARE_BESIDE * of_frames).all(1, keepdims=True)
+    everywhere &= np.median(lower, axis=1, keepdims=True) > of_frames / 2
+    whole = everywhere & (of_frames > _least(of_frames, least))
     bright = whole | (middle > _least(middle, least))
-    lit = whole | (middle > _SHARE_BESIDE * _least(middle, least))
-    lit = np.pad(lit & (whole | (lower > middle / 2)), ((0, 0), (1, 1)))
+    lit = np.pad(whole | shared & (middle > _SHARE_BESIDE * _least(middle, least)), ((0, 0), (1, 1)))
     starts, ends = (np.argwhere(edge) for edge in (lit[:, 1:] & ~lit[:, :-1], lit[:, :-1] & ~lit[:, 1:]))
     bands = [(t, slice(top, end)) for (t, top), (_, end) in zip(starts, ends, strict=True)]
     return [(t, y) for t, y in bands if y.stop - y.start >= min(_ROWS, height) and bright[t, y].any()]
