@@ -20,7 +20,7 @@ from cyclopts import App, Parameter
 
 from benchmarks.cells import write_json
 from benchmarks.jobs import without_folders
-from benchmarks.tables import level_head, put_between
+from benchmarks.tables import level_head, publish
 from restormer3d.checkpoint import file_sha256
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
@@ -111,10 +111,7 @@ def ablation(
     command = f"python -m benchmarks.ablation {without_folders(sys.argv[1:])}"
     origin = f"Computed by `{command.strip()}`: stSNR / activity SNR in dB"
     tuned = f"fine-tuned rows: {iterations} iterations."
-    put = f"{origin}; the scene's seed is {_SEED}; {tuned}", "\n".join(lines)
-    print("\n\n".join(put))
-    if write is not None:
-        put_between(write, BEGIN, END, *put)
+    publish(write, BEGIN, END, f"{origin}; the scene's seed is {_SEED}; {tuned}", "\n".join(lines))
     return 0
 
 

@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 from scipy.ndimage import gaussian_filter, shift, zoom
 
 from benchmarks.jobs import without_folders
-from benchmarks.tables import put_between
+from benchmarks.tables import publish
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.settings import settings
@@ -319,10 +319,7 @@ def artefacts(
         f"Computed by `{command}`: stSNR / activity SNR in dB of a scene of {' x '.join(map(str, shape))} with seed "
         f"{_SEED}, after {iterations} iterations of fine-tuning; the filter's widths are chosen by held-out frames."
     )
-    put = origin, "\n".join(lines)
-    print("\n\n".join(put))
-    if write is not None:
-        put_between(write, BEGIN, END, *put)
+    publish(write, BEGIN, END, origin, "\n".join(lines))
     return 0
 
 

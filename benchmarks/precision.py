@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from benchmarks.jobs import without_folders
-from benchmarks.tables import level_head, put_between
+from benchmarks.tables import level_head, publish
 from restormer3d.arithmetic import Precision
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
@@ -103,10 +103,7 @@ def precision(
         f"Computed by `{command}` on {device}{emulated}: stSNR / activity SNR in dB (difference to fp32) of a scene "
         f"of {' x '.join(map(str, shape))} with seed {_SEED}, after {iterations} iterations of fine-tuning."
     )
-    put = origin, "\n".join(lines)
-    print("\n\n".join(put))
-    if write is not None:
-        put_between(write, BEGIN, END, *put)
+    publish(write, BEGIN, END, origin, "\n".join(lines))
     return 0
 
 

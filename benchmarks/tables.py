@@ -282,6 +282,13 @@ def level_head(corner: str, levels: tuple[int, ...]) -> list[str]:
     ]
 
 
+def publish(document: Path | None, begin: str, end: str, *parts: str) -> None:
+    """Print the parts of a table and put them into a document, if one is given."""
+    print("\n\n".join(parts))
+    if document is not None:
+        put_between(document, begin, end, *parts)
+
+
 def put_between(document: Path, begin: str, end: str, *parts: str) -> None:
     """Replace what stands between two lines of a Markdown file; what is around them stays."""
     text = document.read_text() if document.exists() else f"{begin}\n{end}\n"

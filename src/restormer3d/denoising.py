@@ -46,7 +46,7 @@ from restormer3d.settings import Pretrained, Settings, build_model, training_pla
 from restormer3d.sidecar import file_record, network_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
-from restormer3d.stimulus_light import WithoutLight, put_back, stimulus_light, unlit_frames
+from restormer3d.stimulus_light import put_back, take_light_away
 from restormer3d.training import fit
 
 Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
@@ -137,22 +137,19 @@ def start_denoising(
     if method != "restormer3d":
         return _filtered(stack, chosen, method, progress, say)
     started = time.monotonic()
-    light = stimulus_light(stack) if chosen.inference.stimulus_light else None
-    measured = None
+    light = measured = found = None
+    if chosen.inference.stimulus_light:
+        stack, light, measured = take_light_away(stack)
     if light is not None:
+        found = {"frames": int(light.any(1).sum()), "largest": float(light.max())}
         say(
-            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by a "
-            "stimulus: that light is taken away before denoising and put back afterwards"
+            f"rows of {found['frames']} frames are brighter as a whole, by up to {found['largest']:.4g}, as if lit by "
+            "a stimulus: that light is taken away before denoising and put back afterwards"
         )
-        stack, measured = WithoutLight(stack, light), unlit_frames(light)  # the light's photons are noise, too
     left = None if seconds is None else seconds - (time.monotonic() - started)
     denoised = _by_network(stack, measured, chosen, device, left, progress, say, pretrained)
-    if light is None:
-        return replace(denoised, record=denoised.record | {"stimulus_light": None})
-    found = {"frames": int(light.any(1).sum()), "largest": float(light.max())}
-    return replace(
-        denoised, frames=put_back(denoised.frames, light), record=denoised.record | {"stimulus_light": found}
-    )
+    frames = denoised.frames if light is None else put_back(denoised.frames, light)
+    return replace(denoised, frames=frames, record=denoised.record | {"stimulus_light": found})
 
 
 def _by_network(

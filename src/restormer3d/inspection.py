@@ -11,7 +11,7 @@ from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
-from restormer3d.stimulus_light import WithoutLight, stimulus_light, unlit_frames
+from restormer3d.stimulus_light import take_light_away
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -35,9 +35,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     with open_stack(path) as stack:
         check = check_stack(stack)
-        light = stimulus_light(stack)
-        seen = stack if light is None else WithoutLight(stack, light)
-        noise = estimate_noise(seen, frames=None if light is None else unlit_frames(light))
+        seen, light, measured = take_light_away(stack)
+        noise = estimate_noise(seen, frames=measured)
         percentiles = (0.5, 50.0, 99.5)
         values = [estimate_normalization(stack, percentiles=(low, 100.0)).low for low in percentiles]
         return {

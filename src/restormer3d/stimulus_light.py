@@ -97,6 +97,24 @@ def stimulus_light(stack: Any) -> np.ndarray | None:
     return light if light.any() else None
 
 
+def take_light_away(stack: Any) -> tuple[Any, np.ndarray | None, np.ndarray | None]:
+    """Take the light of a stimulus away from a stack, if there is any.
+
+    Returns
+    -------
+    stack : stack of shape (T, H, W)
+        Without the light; the same one where there is none.
+    light : numpy.ndarray or None
+        As :func:`stimulus_light` finds it.
+    measured : numpy.ndarray or None
+        Frames to measure noise on, since the light's photons are noise, too; None for all.
+    """
+    light = stimulus_light(stack)
+    if light is None:
+        return stack, None, None
+    return WithoutLight(stack, light), light, unlit_frames(light)
+
+
 def unlit_frames(light: np.ndarray) -> np.ndarray | None:
     """Numbers of the frames without light (T, H), whose noise is as usual; None if they are fewer than 16."""
     unlit = np.flatnonzero(~light.any(1))
@@ -142,8 +160,9 @@ def _lit_bands(lower: np.ndarray, middle: np.ndarray, least: float) -> list[tupl
     everywhere = (middle > _SHARE_BESIDE * of_frames).all(1, keepdims=True)
     everywhere &= np.median(lower, axis=1, keepdims=True) > of_frames / 2
     whole = everywhere & (of_frames > _least(of_frames, least))
-    bright = whole | (middle > _least(middle, least))
-    lit = np.pad(whole | shared & (middle > _SHARE_BESIDE * _least(middle, least)), ((0, 0), (1, 1)))
+    enough = _least(middle, least)
+    bright = whole | (middle > enough)
+    lit = np.pad(whole | shared & (middle > _SHARE_BESIDE * enough), ((0, 0), (1, 1)))
     starts, ends = (np.argwhere(edge) for edge in (lit[:, 1:] & ~lit[:, :-1], lit[:, :-1] & ~lit[:, 1:]))
     bands = [(t, slice(top, end)) for (t, top), (_, end) in zip(starts, ends, strict=True)]
     return [(t, y) for t, y in bands if y.stop - y.start >= min(_ROWS, height) and bright[t, y].any()]
