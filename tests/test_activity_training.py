@@ -17,7 +17,7 @@ from restormer3d.activity_scenes import (
     simulated_courses,
     simulated_footprints,
 )
-from restormer3d.activity_training import draw_batch, pretrain_activity, validate_activity
+from restormer3d.activity_training import draw_batch, pretrain_activity, validate_activity, with_other_noise
 from restormer3d.checkpoint import (
     CheckpointError,
     load_unet,
@@ -59,7 +59,7 @@ def made_up_courses(seed, frames=101, count=6):
 
 MADE_UP = {"footprints": made_up_footprints, "courses": made_up_courses}
 NETWORKS = {"footprints": FootprintNetwork, "courses": CourseNetwork}
-ARGUMENTS = {"scenes": 6, "widths": (4, 6, 8), "batch_size": 8, "save_every": 2}
+ARGUMENTS = {"scenes": 6, "widths": (4, 6, 8), "batch_size": 2, "save_every": 2}
 
 
 @pytest.fixture(params=["footprints", "courses"])
@@ -98,7 +98,7 @@ def test_a_killed_run_resumes_to_the_same_weights(what, folder):
 
 
 def test_it_learns(what, folder):
-    pretrain_activity(what, folder, 150, **ARGUMENTS | {"save_every": 150, "batch_size": 16})
+    pretrain_activity(what, folder, 150, **ARGUMENTS | {"save_every": 150, "batch_size": 4})
     assert history_of(folder)[-1]["gain_db"] > 1
 
 
@@ -111,8 +111,8 @@ def test_bfloat16(what, folder):
 
 def test_the_target_is_noisy():
     scenes = [made_up_footprints(1)]
-    batch = draw_batch(scenes, 1, 0, 64)
-    again, other = draw_batch(scenes, 1, 0, 64), draw_batch(scenes, 1, 1, 64)
+    batch = draw_batch(scenes, 1, 0, 16)
+    again, other = draw_batch(scenes, 1, 0, 16), draw_batch(scenes, 1, 1, 16)
     assert torch.equal(batch.target, again.target)
     assert not torch.equal(batch.target, other.target)
     assert [x.shape for x in (*batch.inputs[:4], batch.target)] == [(64, 1, 16, 16)] * 5
@@ -124,7 +124,7 @@ def test_the_target_is_noisy():
 def test_flips_and_rotations_keep_what_belongs_together():
     scene = made_up_footprints(2)._replace(correlation=torch.tensor([0.1, 0.2]))
     quiet = scene._replace(noisy=scene.truth, denoised=scene.truth)
-    batch = draw_batch([quiet], 3, 0, 200)
+    batch = draw_batch([quiet], 3, 0, 50)
     noisy, denoised, *_, correlation = batch.inputs
     torch.testing.assert_close(noisy, denoised)
     noise = batch.target - noisy
@@ -138,15 +138,28 @@ def test_courses_are_cut_alike():
     quiet = [scene._replace(noisy=scene.truth, denoised=scene.truth) for scene in scenes]
     lengths = set()
     for number in range(20):
-        batch = draw_batch(quiet, 3, number, 16)
-        noisy, denoised, strength = batch.inputs
+        batch = draw_batch(quiet, 3, number, 4)
+        noisy, denoised, strength, told = batch.inputs
         assert noisy.shape == denoised.shape == strength.shape == batch.target.shape
+        assert told.shape == (4, 6, 6)
         torch.testing.assert_close(noisy, denoised)
         assert float((batch.target - noisy).std()) == pytest.approx(1 / 8, rel=0.1)
         lengths.add(noisy.shape[2])
     assert lengths == {48, 96, 160}
     short = [scene._replace(**{name: x[:, :30] for name, x in scene._asdict().items()}) for scene in quiet]
-    assert draw_batch(short, 3, 0, 16).target.shape == (16, 1, 28)
+    assert draw_batch(short, 3, 0, 4).target.shape == (4, 6, 28)
+
+
+def test_other_noise_is_passed_on_as_the_noise_was():
+    scene = made_up_courses(3, 400)
+    other = with_other_noise(scene, np.random.default_rng(1))
+    assert torch.equal(other.truth, scene.truth)
+    noise, before = other.noisy - scene.truth, scene.noisy - scene.truth
+    assert abs(float((noise * before).mean())) < 0.1
+    assert float(noise.std()) == pytest.approx(float(before.std()), rel=0.05)
+    mean = torch.nn.functional.avg_pool1d(noise - before, 7, 1)  # as the denoised ones of this scene were made
+    apart = (other.denoised - scene.denoised)[:, 3:-3] - mean
+    assert float(apart.std()) < 0.3 * float(mean.std())
 
 
 def test_validation_of_a_network_that_changes_nothing(what):
@@ -183,8 +196,8 @@ def test_shipped_weights_denoise_scenes_of_another_seed(monkeypatch, simulated, 
 
 
 def test_it_refuses_what_it_cannot_do(what, folder):
-    with pytest.raises(ValueError, match="multiple of 4 and at least 2 scenes, got 6 and 6"):
-        pretrain_activity(what, folder, 1, **ARGUMENTS | {"batch_size": 6})
+    with pytest.raises(ValueError, match="expected at least 2 scenes, got 1"):
+        pretrain_activity(what, folder, 1, **ARGUMENTS | {"scenes": 1})
     with pytest.raises(ValueError, match="at least 1, got"):
         pretrain_activity(what, folder, 0, **ARGUMENTS)
     save_state(folder / "scenes" / "000000.pt", {})
@@ -202,7 +215,7 @@ def test_it_refuses_what_it_cannot_do(what, folder):
 
 def test_command(what, folder, capsys):
     command = ["pretrain-activity", what, "-o", str(folder), "--iterations", "1", "--scenes", "6"]
-    command += ["--widths", "4", "6", "8", "--batch-size", "4"]
+    command += ["--widths", "4", "6", "8", "--batch-size", "2"]
     assert app(command, exit_on_error=False, result_action="return_value") == 0
     assert (folder / f"{what}.safetensors").is_file()
     assert app(command, exit_on_error=False, result_action="return_value") == 2

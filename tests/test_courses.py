@@ -12,7 +12,14 @@ from restormer3d import components
 from restormer3d.arithmetic import float32_products
 from restormer3d.baselines import gaussian_frames
 from restormer3d.checkpoint import shipped_course_network
-from restormer3d.courses import course_noise, denoise_courses, sparse_footprints
+from restormer3d.courses import (
+    answer,
+    course_noise,
+    denoise_courses,
+    sparse_footprints,
+    strength_of,
+    told_by_others,
+)
 from restormer3d.denoising import silent, start_denoising
 from restormer3d.fields import FIELD_FRAMES
 from restormer3d.principal import leading_components
@@ -85,7 +92,7 @@ def test_the_mean_over_time_stays():
 
 def test_a_network_that_changes_nothing_changes_no_frame():
     _, denoised, noisy = tensors((50, 40, 40))
-    still = refined(denoised, noisy, network=lambda noisy, denoised, _: denoised)
+    still = refined(denoised, noisy, network=lambda noisy, denoised, *_: denoised)
     torch.testing.assert_close(still, denoised, atol=1e-5, rtol=0)
 
 
@@ -94,7 +101,7 @@ def test_products_are_not_rounded():
     _, denoised, noisy = tensors((50, 20, 20))
     seen = []
 
-    def network(noisy, denoised, _):
+    def network(noisy, denoised, *_):
         seen.append(torch.backends.cudnn.allow_tf32)
         return denoised
 
@@ -115,6 +122,44 @@ def test_noise_of_courses():
         assert float(deviation.square().min()) >= 0.99 * float(other.square().mean(1).min())
 
 
+def test_courses_that_share_events_tell_of_one_another():
+    events = torch.zeros(300)
+    events[[50, 51, 120, 121, 200, 201]] = 5
+    slow = torch.sin(torch.arange(300) / 40) * 8
+    quiet = 0.05 * drawn((300,), 1)
+    told = told_by_others(torch.stack([events, 0.5 * events + slow, slow, quiet], 1)[None])[0]
+    assert told.shape == (4, 4)
+    assert float(told[0, 1]) > 0.3
+    assert float(told.diagonal().abs().max()) == 0
+    assert float(told[2:, :2].abs().max()) < 0.1  # what is slow, or is noise, tells of nothing
+
+
+@torch.no_grad()
+def test_a_course_is_denoised_better_beside_one_with_the_same_events():
+    """A cell that shines in two footprints: what noise hides in one course, the other one shows."""
+    events = np.zeros((8, 240))
+    random = np.random.default_rng(2)
+    for line in events:
+        line[random.integers(0, 240, 6)] = random.uniform(2, 4, 6)
+    decay = np.exp(-np.arange(60) / 15)
+    weak = np.stack([np.convolve(line, decay)[:240] for line in events])
+    strong = 2 * weak
+
+    def denoised(clean):
+        noisy = clean + random.standard_normal(clean.shape)
+        return noisy, np.stack([np.convolve(np.pad(x, 5, "edge"), np.ones(11) / 11, "valid") for x in noisy])
+
+    parts = [np.stack(pair) for pair in zip(denoised(weak), denoised(strong), strict=True)]  # noisy, smooth
+    same = [torch.from_numpy(x.transpose(1, 2, 0)).float() for x in parts]  # (fields, T, two courses)
+    other = [torch.cat([x[..., :1], x.roll(1, 0)[..., 1:]], 2) for x in same]
+    truth = torch.from_numpy(weak).float()
+    errors = []
+    for noisy, smooth in (same, other):
+        better = answer(shipped_course_network(), noisy, smooth, strength_of(smooth), told_by_others(smooth))
+        errors.append(float((better[..., 0] - truth).square().mean()))
+    assert errors[0] < 0.95 * errors[1]
+
+
 def test_flicker_is_not_taken_for_activity():
     _, denoised, noisy = tensors()
     flicker = drawn((120, 1, 1), 3) * torch.from_numpy(blinking_cells(2, 64, 64)[0] * 0.3 / 40).float()
@@ -127,13 +172,40 @@ def test_flicker_is_not_taken_for_activity():
     assert abs(float(put_back)) < 0.1
 
 
+@torch.no_grad()
+def test_the_order_of_courses_has_no_meaning():
+    lines = [drawn((2, 50, 5), seed) for seed in range(3)]
+    told = told_by_others(lines[1])
+    order = torch.tensor([3, 1, 4, 0, 2])
+    network = shipped_course_network()
+    plain = answer(network, *lines, told=told)[..., order]
+    ordered = answer(network, *(x[..., order] for x in lines), told=told[:, order][:, :, order])
+    torch.testing.assert_close(ordered, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_what_flickers_tells_nothing_of_others():
+    _, denoised, noisy = tensors()
+    flicker = drawn((120, 1, 1), 3) * torch.from_numpy(blinking_cells(2, 64, 64)[0] * 0.6 / 40).float()
+    seen = []
+
+    def network(noisy, denoised, _, told):
+        seen.append(told)
+        return denoised
+
+    refined(denoised, noisy, network)
+    refined(denoised, noisy + flicker, network)
+    before, after = (told.abs().amax(1)[0] for told in seen)  # of each course, the most that it tells of another
+    assert int((after == 0).sum()) > int((before == 0).sum())
+    assert float(before.max()) > 0.1
+
+
 def test_the_light_of_a_stimulus_stays():
     """Far beyond any activity, a small error of the network, relative to the light, would be larger than all noise."""
     _, denoised, noisy = tensors()
     light = torch.zeros(120, 1, 1)
     light[40:44] = 500
 
-    def not_quite(noisy, denoised, _):
+    def not_quite(noisy, denoised, *_):
         return 0.95 * denoised
 
     change = refined(denoised + light, noisy + light, not_quite) - (denoised + light)

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d import courses, footprints
 from restormer3d.activity_scenes import (
-    AnyScene,
     CourseScene,
     FootprintScene,
     Scene,
@@ -33,9 +33,12 @@ from restormer3d.unets import CourseNetwork, FootprintNetwork, UNet
 
 _CLIP = 0.5
 _DECAY = 0.997  # of the running average of the weights
-_PER_SCENE = 4  # footprints or courses of a batch that are of the same scene
+_PER_SCENE = 4  # footprints of a batch that are of the same scene; of courses all are
 _TURNED = 0.7  # of all footprints: turned together with another one, as other courses would show them
-_COURSES_TURNED = (0.3, 0.6)  # share, and radians at most: a cell's events stay in one course
+_COURSES_TURNED = (0.15, 0.6)  # share, and radians at most: a cell's events stay in one course
+_REDRAWN = 0.5  # of all scenes of courses: with other noise
+_REACH = 12  # frames before and after, over which denoising spreads the noise of one
+_RIDGE = 0.02  # added to the noise's variance, that the spread over many frames is not made up
 _LENGTHS = (48, 96, 96, 160, 256)  # frames of courses that are looked at; multiples of four
 _LEAST_SHARE = 0.1  # of all scenes must be as long, or a few would be drawn again and again
 _RECORDINGS = 64  # further recordings of the same scene, whose mean the network learns to predict
@@ -46,7 +49,7 @@ _LEAST_ENERGY = 1e-3
 
 
 class Batch(NamedTuple):
-    """What a network for activity takes, each (B, ...); the target, (B, 1, ...), and its weight (B,)."""
+    """What a network for activity takes, each (B, ...); the target, as its answer, and its weight (B,)."""
 
     inputs: tuple[Tensor, ...]
     target: Tensor
@@ -68,7 +71,7 @@ def pretrain_activity(
     device: str = "cpu",
     precision: Precision = "fp32",
     widths: tuple[int, int, int] = (32, 64, 128),
-    batch_size: int = 32,
+    batch_size: int = 8,
     workers: int = 0,
     seconds: float | None = None,
     progress: Progress | None = None,
@@ -101,7 +104,7 @@ def pretrain_activity(
     widths : tuple of int
         Channels of the network's three levels.
     batch_size : int
-        Footprints or courses per iteration; a multiple of four.
+        Scenes per iteration: four footprints, or all courses, of each.
     workers : int
         Processes that prepare scenes; 0 to prepare them here.
     seconds : float, optional
@@ -124,11 +127,8 @@ def pretrain_activity(
         If the workers die.
     """
     check_run(run_folder, resume, widths, iterations, save_every, batch_size, workers, seconds)
-    if batch_size % _PER_SCENE or scenes < 2:
-        raise ValueError(
-            f"expected a batch_size that is a multiple of {_PER_SCENE} and at least 2 scenes, "
-            f"got {batch_size} and {scenes}"
-        )
+    if scenes < 2:
+        raise ValueError(f"expected at least 2 scenes, got {scenes}")
     place = torch_device(device)
     simulated, scene_kind, network_kind, name = _KINDS[what]
     for done in prepare_scenes(simulated, run_folder / "scenes", seed, scenes, workers):
@@ -170,16 +170,16 @@ def pretrain_activity(
 
 
 def draw_batch(scenes: list[Scene], seed: int, number: int, size: int) -> Batch:
-    """Draw the batch of an iteration: the same arguments give the same batch."""
+    """Draw the batch of an iteration, of `size` scenes: the same arguments give the same batch."""
     rng = np.random.default_rng([seed, 6, number])
     if isinstance(scenes[0], FootprintScene):
-        drawn = [_some_images(scenes[i], rng) for i in rng.integers(len(scenes), size=size // _PER_SCENE)]
+        drawn = [_some_footprints(scenes[i], rng) for i in rng.integers(len(scenes), size=size)]
     else:
         lengths = np.array([scene.noisy.shape[1] for scene in scenes])
         possible = [n for n in _LENGTHS if (lengths >= n).mean() >= _LEAST_SHARE] or [lengths.min() // 4 * 4]
         frames = int(rng.choice(possible))
         usable = np.flatnonzero(lengths >= frames)
-        drawn = [_some_courses(scenes[i], rng, frames) for i in rng.choice(usable, size // _PER_SCENE)]
+        drawn = [_some_courses(scenes[i], rng, frames) for i in rng.choice(usable, size)]
     *inputs, target, weight = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     return Batch(tuple(inputs), target, weight)
 
@@ -197,8 +197,8 @@ def validate_activity(network: Any, scenes: list[Scene], device: torch.device) -
                 network, inside, static, (float(scene.correlation[0]), float(scene.correlation[1]))
             )
         else:
-            strength = scene.strength.to(device)[None]
-            better = courses.answer(network, *(x.mT for x in (noisy, denoised, strength))).mT
+            lines = [x.mT for x in (noisy, denoised, scene.strength.to(device)[None])]
+            better = courses.answer(network, *lines, told=courses.told_by_others(lines[1])).mT
         before, after = (float((x - truth).square().sum()) for x in (denoised, better))
         gains.append(10 * math.log10(before / after))
     return {"gain_db": float(np.mean(gains)), "lowest_gain_db": min(gains), "highest_gain_db": max(gains)}
@@ -216,30 +216,21 @@ def _loaded(kind: type[Scene], folder: Path, count: int) -> tuple[list[Scene], l
     return sets
 
 
-def _turned(scene: AnyScene, rng: np.random.Generator, share: float, most: float) -> tuple[list[Tensor], np.ndarray]:
-    """Draw some of a scene's footprints or courses, mostly strong ones: which they are is returned as well.
+def _some_footprints(scene: FootprintScene, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    """Draw footprints of a scene, mostly strong ones: inputs of the network, target, weight.
 
-    A share of them is turned together with another one, by `most` at most. They come as noisy, denoised, true and
-    target ones. The target is what the mean of many recordings would show: noise of so many photons is as good as
-    normal.
+    Most are turned together with another one; all are flipped and rotated.
     """
     energy = scene.denoised.float().square().flatten(1).sum(1).clamp(min=_LEAST_ENERGY).numpy().astype(np.float64)
     likely = energy**0.25 / (energy**0.25).sum()
     some, others = (rng.choice(len(energy), _PER_SCENE, p=likely) for _ in range(2))
-    angle = np.where(rng.random(_PER_SCENE) < share, rng.uniform(-most, most, _PER_SCENE), 0.0)
+    angle = np.where(rng.random(_PER_SCENE) < _TURNED, rng.uniform(-np.pi, np.pi, _PER_SCENE), 0.0)
     angle[some == others] = 0
-    shape = (-1,) + (1,) * (scene.noisy.dim() - 1)
-    cosine, sine = (torch.from_numpy(f(angle)).float().view(shape) for f in (np.cos, np.sin))
+    cosine, sine = (torch.from_numpy(f(angle)).float().view(-1, 1, 1) for f in (np.cos, np.sin))
     noisy, denoised, truth = (cosine * x[some].float() + sine * x[others].float() for x in scene[:3])
-    noise = torch.from_numpy(rng.standard_normal(truth.shape, np.float32)) / math.sqrt(_RECORDINGS)
-    return [noisy, denoised, truth, truth + noise], some
-
-
-def _some_images(scene: FootprintScene, rng: np.random.Generator) -> tuple[Tensor, ...]:
-    """Draw footprints of a scene, flipped and rotated: inputs of the network, target, weight."""
-    (noisy, denoised, truth, target), _ = _turned(scene, rng, _TURNED, np.pi)
     error = (denoised - truth).square().mean().clamp(min=_LEAST_ERROR)
-    images = [noisy, denoised, *(x.float().expand_as(noisy) for x in (scene.static, scene.strength)), target]
+    static, strength = (x.float().expand_as(noisy) for x in (scene.static, scene.strength))
+    images = [noisy, denoised, static, strength, _mean_of_many(truth, rng)]
     correlation = scene.correlation
     for axis in (1, 2):
         if rng.random() < 0.5:
@@ -251,12 +242,49 @@ def _some_images(scene: FootprintScene, rng: np.random.Generator) -> tuple[Tenso
 
 
 def _some_courses(scene: CourseScene, rng: np.random.Generator, frames: int) -> tuple[Tensor, ...]:
-    """Draw courses of a scene, `frames` long: inputs of the network, target, weight."""
-    (noisy, denoised, truth, target), some = _turned(scene, rng, *_COURSES_TURNED)
+    """Draw all courses of a scene, `frames` long: inputs of the network, target, weight.
+
+    Some pairs are turned a little towards one another.
+    """
+    if rng.random() < _REDRAWN:
+        scene = with_other_noise(scene, rng)
+    pairs = rng.permutation(len(scene.noisy))[: len(scene.noisy) // 2 * 2].reshape(-1, 2)
+    turn = np.eye(len(scene.noisy))
+    for i, j in pairs[rng.random(len(pairs)) < _COURSES_TURNED[0]]:
+        angle = rng.uniform(-_COURSES_TURNED[1], _COURSES_TURNED[1])
+        turn[[i, i, j, j], [i, j, i, j]] = np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)
+    noisy, denoised, truth = (torch.from_numpy(turn).float() @ x for x in scene[:3])
+    told = courses.told_by_others(denoised.mT[None])
     first = int(rng.integers(noisy.shape[1] - frames + 1))
-    parts = [x[:, first : first + frames] for x in (noisy, denoised, scene.strength[some], target, truth)]
-    error = (parts[1] - parts[4]).square().mean().clamp(min=_LEAST_COURSE_ERROR)
-    return (*(x[:, None] for x in parts[:4]), (1 / error).expand(_PER_SCENE))
+    lines = (noisy, denoised, scene.strength, _mean_of_many(truth, rng), truth)
+    noisy, denoised, strength, target, truth = (x[None, :, first : first + frames] for x in lines)
+    error = (denoised - truth).square().mean().clamp(min=_LEAST_COURSE_ERROR)
+    return noisy, denoised, strength, told, target, (1 / error)[None]
+
+
+def _mean_of_many(truth: Tensor, rng: np.random.Generator) -> Tensor:
+    """Draw what the mean of many recordings would show: noise of so many photons is as good as normal."""
+    return truth + torch.from_numpy(rng.standard_normal(truth.shape, np.float32)) / math.sqrt(_RECORDINGS)
+
+
+def with_other_noise(scene: CourseScene, rng: np.random.Generator) -> CourseScene:
+    """Draw the noise of courses anew, and pass it on to the denoised ones as their own noise was passed on.
+
+    How it was is found by least squares: a filter along time for each course, the same forward and backward.
+    """
+    noise, error = scene.noisy - scene.truth, scene.denoised - scene.truth
+    around = _around(noise - noise.mean(1, keepdim=True)).double()
+    gram = around.mT @ around + _RIDGE * noise.shape[1] * torch.eye(2 * _REACH + 1, dtype=torch.float64)
+    response = torch.linalg.solve(gram, around.mT @ (error - error.mean(1, keepdim=True)).double()[..., None])
+    response = ((response + response.flip(1)) / 2).float()
+    other = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)) * noise.std(1, keepdim=True)
+    change = (_around(other - noise) @ response)[..., 0]
+    return scene._replace(noisy=scene.truth + other, denoised=scene.denoised + change - change.mean(1, keepdim=True))
+
+
+def _around(lines: Tensor) -> Tensor:
+    """From (courses, T) to what is around each frame, (courses, T, frames)."""
+    return F.pad(lines, (_REACH, _REACH), mode="reflect").unfold(1, 2 * _REACH + 1, 1)
 
 
 _KINDS: dict[str, tuple[Any, Any, Any, str]] = {

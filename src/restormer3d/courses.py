@@ -2,7 +2,7 @@
 
 Once footprints are denoised, each frame's projection onto them tells of the field's activity with the noise of one
 pixel. Filters along time smooth it, and take away from the peaks of events; a network that has seen how indicators rise
-and decay does not have to.
+and decay does not have to. A cell's events are in several of a field's courses, which therefore tell of one another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from restormer3d.fields import MOST, Fields, change_fields, farther, followed
 from restormer3d.principal import leading_components
 from restormer3d.unets import CourseNetwork
 
+_LONG_STACKS = 48  # courses of a field at most, in stacks of so many frames for each:
+_FRAMES_EACH = 5
 _TURNS = 40  # passes to find how components have to be turned
+_FAST = 21  # frames of a moving mean; what is left of it changes fast
+_NOISE_LEFT = 0.1  # variance of a course's noise after some smoothing
 _NORMAL_MEDIAN = 0.4549364  # of the square of a normal number of variance 1
 
 
@@ -42,13 +46,15 @@ def denoise_courses(
     Tensor
         Frames (T, H, W) with the mean over time of `denoised`.
     """
+    most = min(max(MOST, len(denoised) // _FRAMES_EACH), _LONG_STACKS)
 
     def change(fields: Fields) -> Tensor:
-        footprints = sparse_footprints(fields.denoised)
+        footprints = sparse_footprints(fields.denoised, most)
         clear, recorded, drawn = (x.flatten(2) @ footprints for x in fields[:3])
         scale, excess = course_noise(clear, recorded, drawn)
         lines = [x / scale for x in (recorded, clear, strength_of(clear))]
-        better = answer(network, *lines)
+        told = told_by_others(lines[1]) * followed(excess)  # what flickers tells of nothing
+        better = answer(network, *lines, told=told)
         far = farther(*(x.mT for x in (lines[0], lines[1], better))).unsqueeze(1)
         by_course = (better - lines[1]) * scale * followed(excess) * followed(far)
         by_course -= by_course.mean(1, keepdim=True)
@@ -57,17 +63,18 @@ def denoise_courses(
     return change_fields(denoised, noisy, noise, deviation, change)
 
 
-def sparse_footprints(denoised: Tensor) -> Tensor:
+def sparse_footprints(denoised: Tensor, most: int = MOST) -> Tensor:
     """Orthonormal footprints (fields, pixels, footprints) of the strongest activity in fields (fields, T, H, W).
 
-    Principal components, turned among one another so that each has few bright pixels, by the sum of fourth powers
-    (quartimax): a cell's events are then in one course, and neuropil in others. The bright pixels are positive.
+    Principal components, `most` at most, turned among one another so that each has few bright pixels, by the sum of
+    fourth powers (quartimax): a cell's events are then in one course, and neuropil in others. The bright pixels are
+    positive.
 
     References
     ----------
     Neuhaus and Wrigley, "The quartimax method", British Journal of Statistical Psychology 1954.
     """
-    _, components = leading_components(denoised.flatten(2), MOST)
+    _, components = leading_components(denoised.flatten(2), most)
     footprints = components.double()
     turn = torch.eye(footprints.shape[2], dtype=torch.float64, device=footprints.device).expand(len(footprints), -1, -1)
     for _ in range(_TURNS):
@@ -94,11 +101,24 @@ def strength_of(denoised: Tensor) -> Tensor:
     return denoised.norm(dim=2, keepdim=True).expand_as(denoised)
 
 
-def answer(network: CourseNetwork, noisy: Tensor, denoised: Tensor, strength: Tensor) -> Tensor:
-    """Denoise courses (fields, T, courses) in deviations of their noise."""
-    fields, frames, courses = denoised.shape
-    lines = (x.mT.reshape(-1, 1, frames) for x in (noisy, denoised, strength))
-    padded = [F.pad(x, (0, -frames % 4), mode="replicate") for x in lines]
+def told_by_others(denoised: Tensor) -> Tensor:
+    """How much each of the courses (fields, T, courses) is told by each other one, (fields, courses, courses).
+
+    Row k holds the weights of the other courses in the linear estimate of the fast changes of course k that has the
+    least squared error, by the covariance of the denoised ones, in deviations of the noise.
+    """
+    lines = denoised.mT
+    padded = F.pad(lines, (_FAST // 2, _FAST // 2), mode="replicate")
+    fast = (lines - F.avg_pool1d(padded, _FAST, 1)).double()
+    covariance = fast @ fast.mT / fast.shape[2]
+    each = torch.eye(covariance.shape[1], dtype=torch.float64, device=covariance.device)
+    weights = torch.linalg.solve(covariance + _NOISE_LEFT * each, covariance)
+    return (weights * (1 - each)).to(denoised)
+
+
+def answer(network: CourseNetwork, noisy: Tensor, denoised: Tensor, strength: Tensor, told: Tensor) -> Tensor:
+    """Denoise courses (fields, T, courses) in deviations of their noise; `told` is how much others tell of each."""
+    frames = denoised.shape[1]
+    padded = [F.pad(x.mT, (0, -frames % 4), mode="replicate") for x in (noisy, denoised, strength)]
     with float32_products("fp32"):
-        better = network(*padded)
-    return better[:, 0, :frames].view(fields, courses, frames).mT
+        return network(*padded, told)[..., :frames].mT

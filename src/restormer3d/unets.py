@@ -6,6 +6,7 @@ their noise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -67,13 +68,16 @@ class UNet(nn.Module):
         with torch.no_grad():
             self.output.weight *= start
 
-    def answer(self, x: Tensor) -> Tensor:
-        """From (B, channels, H, W) to (B, 1, H, W), or without H; sides that are multiples of four."""
+    def answer(self, x: Tensor, seen: Callable[[int, Tensor], Tensor] = lambda _, features: features) -> Tensor:
+        """From (B, channels, H, W) to (B, 1, H, W), or without H; sides that are multiples of four.
+
+        `seen` is what each level makes of the features of its encoder.
+        """
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        first = self.encoder_level1(x)
-        second = self.encoder_level2(self.pool(first))
-        latent = self.latent(self.pool(second))
+        first = seen(0, self.encoder_level1(x))
+        second = seen(1, self.encoder_level2(self.pool(first)))
+        latent = seen(2, self.latent(self.pool(second)))
         second = self.decoder_level2(torch.cat([self.up2(latent), second], 1))
         first = self.decoder_level1(torch.cat([self.up1(second), first], 1))
         return self.output(first)
@@ -125,27 +129,39 @@ class FootprintNetwork(UNet):
 
 
 class CourseNetwork(UNet):
-    """For courses in time of the activity of a field.
+    """For courses in time of the activity of a field, all of them together.
 
-    It sees what a denoised course leaves of the noisy one, the denoised one, how strong the activity of each frame is,
-    and a constant.
+    Of each it sees what the denoised course leaves of the noisy one, the denoised one, how strong the activity of each
+    frame is, what is left of the other courses, and a constant; on every level, the features of the others as well.
     """
 
     def __init__(self, widths: tuple[int, int, int] = (32, 64, 128)):
-        super().__init__(4, widths, start=0.02, dimensions=1, kernel=5)
+        super().__init__(5, widths, start=0.02, dimensions=1, kernel=5)
+        self.others = nn.ModuleList(nn.Conv1d(width, width, 1, bias=False) for width in widths)
+        for weight in self.others.parameters():
+            weight.data *= 0.3
 
-    def forward(self, noisy: Tensor, denoised: Tensor, strength: Tensor) -> Tensor:
-        """Denoise courses (B, 1, T) once more; T a multiple of four.
+    def forward(self, noisy: Tensor, denoised: Tensor, strength: Tensor, others: Tensor) -> Tensor:
+        """Denoise courses (fields, courses, T) once more; T a multiple of four.
 
         Parameters
         ----------
         noisy, denoised : Tensor
-            Courses (B, 1, T) in deviations of their noise; where a cell is active they rise.
+            Courses (fields, courses, T) in deviations of their noise; where a cell is active they rise.
         strength : Tensor
-            Norm over all courses of a field, in deviations of this one's noise, (B, 1, T).
+            Norm over all courses of a field, in deviations of each one's noise, (fields, courses, T).
+        others : Tensor
+            How much each course is told by each other one, (fields, courses, courses); see `courses.told_by_others`.
         """
-        x = torch.cat([noisy - denoised, denoised, strength, torch.ones_like(denoised)], 1)
-        return denoised + self.answer(x)
+        left = noisy - denoised
+        fields = torch.stack([left, denoised, strength, others @ left, torch.ones_like(left)], 2)
+
+        def seen(level: int, features: Tensor) -> Tensor:
+            by_course = features.unflatten(0, left.shape[:2])  # (fields, courses, channels, T)
+            told = torch.einsum("fkj,fjct->fkct", others, by_course).flatten(0, 1)
+            return features + F.relu(self.others[level](told))
+
+        return denoised + self.answer(fields.flatten(0, 1), seen).view_as(denoised)
 
 
 def lag_one(correlation: tuple[tuple[float, ...], ...]) -> tuple[float, float]:

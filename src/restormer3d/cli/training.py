@@ -185,7 +185,7 @@ def pretrain_activity(
     device: str = "cpu",
     precision: Precisions = "fp32",
     widths: Annotated[tuple[int, int, int], Parameter(negative="")] = (32, 64, 128),
-    batch_size: int = 32,
+    batch_size: int = 8,
     workers: int = 0,
     seconds: float | None = None,
     threads: int | None = None,
@@ -213,7 +213,7 @@ def pretrain_activity(
     widths
         Channels of the network's three levels.
     batch_size
-        Footprints or courses per iteration.
+        Scenes per iteration: four footprints, or all courses, of each.
     workers
         Processes that prepare the scenes; with 0, the process that trains prepares them.
     seconds
