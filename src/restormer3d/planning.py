@@ -33,7 +33,7 @@ _TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at
 _VOXEL_BYTES = 200  # that the default network computes a voxel of a large window with on a CPU
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 _STATIC_IMAGE = 16.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
-_FOOTPRINTS = 50.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
+_FOOTPRINTS = 170.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
 _FIELDS = 0.1  # time to take fields apart, for footprints and for courses, relative to the network's for as many voxels
 _COMPONENTS = 0.7  # time to take a stack apart into components, relative to the network's for as many voxels
 
