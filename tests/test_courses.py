@@ -16,6 +16,7 @@ from restormer3d.courses import (
     answer,
     course_noise,
     denoise_courses,
+    noise_of_their_own,
     sparse_footprints,
     strength_of,
     told_by_others,
@@ -170,6 +171,17 @@ def test_flicker_is_not_taken_for_activity():
     plain, of_flicker = (refined(denoised, x, eager) - denoised for x in (noisy, noisy + flicker))
     put_back = ((of_flicker - plain) * flicker).mean() / flicker.square().mean()
     assert abs(float(put_back)) < 0.1
+
+
+def test_noise_that_courses_share():
+    own = drawn((2, 200, 24), 1)
+    own[1] += 0.7 * torch.sin(0.813 * torch.arange(200))[:, None]  # electrical ripple
+    share = noise_of_their_own(own)
+    assert share.shape == (2, 1, 1)
+    assert share.flatten().tolist() == [1, 0]
+    event = torch.zeros(1, 200, 24)
+    event[:, 50:80, :4] = 3  # that denoising has missed
+    assert float(noise_of_their_own(own[:1] + event)) == 1
 
 
 @torch.no_grad()

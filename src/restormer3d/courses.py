@@ -7,6 +7,8 @@ and decay does not have to. A cell's events are in several of a field's courses,
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,8 @@ _FRAMES_EACH = 5
 _TURNS = 40  # passes to find how components have to be turned
 _FAST = 21  # frames of a moving mean; what is left of it changes fast
 _NOISE_LEFT = 0.1  # variance of a course's noise after some smoothing
+_SHARED = (1.2, 1.7)  # variance along a direction, relative to that of independent noise: own below, shared beyond
+_LARGEST_STEP = 4.0  # deviations of noise, of which a difference of two frames has 1.4; what is beyond is an event
 _NORMAL_MEDIAN = 0.4549364  # of the square of a normal number of variance 1
 
 
@@ -53,7 +57,7 @@ def denoise_courses(
         clear, recorded, drawn = (x.flatten(2) @ footprints for x in fields[:3])
         scale, excess = course_noise(clear, recorded, drawn)
         lines = [x / scale for x in (recorded, clear, strength_of(clear))]
-        told = told_by_others(lines[1]) * followed(excess)  # what flickers tells of nothing
+        told = told_by_others(lines[1]) * followed(excess) * noise_of_their_own(lines[0] - lines[1])
         better = answer(network, *lines, told=told)
         far = farther(*(x.mT for x in (lines[0], lines[1], better))).unsqueeze(1)
         by_course = (better - lines[1]) * scale * followed(excess) * followed(far)
@@ -94,6 +98,26 @@ def course_noise(denoised: Tensor, noisy: Tensor, noise: Tensor) -> tuple[Tensor
     steps = (noisy - denoised).diff(dim=1).square().median(1, keepdim=True).values
     excess = steps / (2 * _NORMAL_MEDIAN) / expected
     return (expected * excess.clamp(min=1)).sqrt(), excess
+
+
+def noise_of_their_own(left: Tensor) -> Tensor:
+    """Whether each course of a field has noise of its own: from 1 to 0, (fields, 1, 1).
+
+    Flicker and electrical ripple are in many courses at once, and then one must not tell of another. `left` is what
+    denoising has left of courses (fields, T, courses), in deviations of their noise. The variance of its differences of
+    frames, along the direction where it is largest, is compared with the most that independent noise has in so many
+    courses and frames.
+
+    References
+    ----------
+    Marchenko and Pastur, "Distribution of eigenvalues for some sets of random matrices", Mathematics of the
+    USSR-Sbornik 1967.
+    """
+    steps = left.diff(dim=1).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    count = steps.shape[1]
+    variance = torch.linalg.eigvalsh((steps.mT @ steps).double() / (2 * count)).amax(1)
+    most = (1 + math.sqrt(steps.shape[2] / count)) ** 2
+    return ((_SHARED[1] - variance / most) / (_SHARED[1] - _SHARED[0])).clamp(0, 1).to(left)[:, None, None]
 
 
 def strength_of(denoised: Tensor) -> Tensor:

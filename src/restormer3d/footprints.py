@@ -18,6 +18,8 @@ from restormer3d.fields import MOST, Fields, change_fields, farther, followed
 from restormer3d.principal import leading_components
 from restormer3d.unets import FootprintNetwork, lag_one
 
+_TOGETHER = 48  # footprints that the network denoises at a time: two fields
+
 
 class Footprints(NamedTuple):
     """The activity of fields in deviations of its noise, as far as a few courses make it up.
@@ -99,8 +101,9 @@ def answer(network: FootprintNetwork, inside: Footprints, static: Tensor, correl
     images = (x.reshape(-1, 1, height, width) for x in (inside.noisy, inside.denoised, *beside))
     padded = [F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate") for x in images]
     known = torch.tensor([correlation], dtype=torch.float32, device=static.device).expand(len(padded[0]), -1)
+    some = [x.split(_TOGETHER) for x in (*padded, known)]
     with float32_products("fp32"):
-        denoised = network(*padded, known)
+        denoised = torch.cat([network(*images) for images in zip(*some, strict=True)])
     return denoised[:, 0, :height, :width].reshape(inside.noisy.shape)
 
 
