@@ -141,7 +141,7 @@ class CourseNetwork(UNet):
         for weight in self.others.parameters():
             weight.data *= 0.3
 
-    def forward(self, noisy: Tensor, denoised: Tensor, strength: Tensor, others: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, denoised: Tensor, strength: Tensor, told: Tensor) -> Tensor:
         """Denoise courses (fields, courses, T) once more; T a multiple of four.
 
         Parameters
@@ -150,16 +150,16 @@ class CourseNetwork(UNet):
             Courses (fields, courses, T) in deviations of their noise; where a cell is active they rise.
         strength : Tensor
             Norm over all courses of a field, in deviations of each one's noise, (fields, courses, T).
-        others : Tensor
+        told : Tensor
             How much each course is told by each other one, (fields, courses, courses); see `courses.told_by_others`.
         """
         left = noisy - denoised
-        fields = torch.stack([left, denoised, strength, others @ left, torch.ones_like(left)], 2)
+        fields = torch.stack([left, denoised, strength, told @ left, torch.ones_like(left)], 2)
 
         def seen(level: int, features: Tensor) -> Tensor:
             by_course = features.unflatten(0, left.shape[:2])  # (fields, courses, channels, T)
-            told = torch.einsum("fkj,fjct->fkct", others, by_course).flatten(0, 1)
-            return features + F.relu(self.others[level](told))
+            of_others = torch.einsum("fkj,fjct->fkct", told, by_course).flatten(0, 1)
+            return features + F.relu(self.others[level](of_others))
 
         return denoised + self.answer(fields.flatten(0, 1), seen).view_as(denoised)
 
