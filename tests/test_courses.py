@@ -182,6 +182,9 @@ def test_noise_that_courses_share():
     event = torch.zeros(1, 200, 24)
     event[:, 50:80, :4] = 3  # that denoising has missed
     assert float(noise_of_their_own(own[:1] + event)) == 1
+    edges = torch.zeros(1, 200, 24)
+    edges[:, [50, 51, 110, 111]] = torch.tensor([8.0, -8.0, -8.0, 8.0])[:, None]  # of light that lasts
+    assert float(noise_of_their_own(own[:1] + edges)) == 1
 
 
 @torch.no_grad()

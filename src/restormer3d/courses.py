@@ -23,8 +23,8 @@ _FRAMES_EACH = 5
 _TURNS = 40  # passes to find how components have to be turned
 _FAST = 21  # frames of a moving mean; what is left of it changes fast
 _NOISE_LEFT = 0.1  # variance of a course's noise after some smoothing
-_SHARED = (1.2, 1.7)  # variance along a direction, relative to that of independent noise: own below, shared beyond
-_LARGEST_STEP = 4.0  # deviations of noise, of which a difference of two frames has 1.4; what is beyond is an event
+_SHARED = (1.2, 1.5)  # variance along a direction, relative to that of independent noise: own below, shared beyond
+_LARGEST_STEP = 4.0  # deviations of noise, of which a difference of two frames has 1.4; what is beyond is not noise
 _NORMAL_MEDIAN = 0.4549364  # of the square of a normal number of variance 1
 
 
@@ -105,18 +105,19 @@ def noise_of_their_own(left: Tensor) -> Tensor:
 
     Flicker and electrical ripple are in many courses at once, and then one must not tell of another. `left` is what
     denoising has left of courses (fields, T, courses), in deviations of their noise. The variance of its differences of
-    frames, along the direction where it is largest, is compared with the most that independent noise has in so many
-    courses and frames.
+    frames along their principal directions is compared with the most that independent noise has in so many courses and
+    frames. What a few frames share, such as the edges of light that lasts, counts little.
 
     References
     ----------
     Marchenko and Pastur, "Distribution of eigenvalues for some sets of random matrices", Mathematics of the
     USSR-Sbornik 1967.
     """
-    steps = left.diff(dim=1).clamp(-_LARGEST_STEP, _LARGEST_STEP)
-    count = steps.shape[1]
-    variance = torch.linalg.eigvalsh((steps.mT @ steps).double() / (2 * count)).amax(1)
-    most = (1 + math.sqrt(steps.shape[2] / count)) ** 2
+    steps = left.diff(dim=1).clamp(-_LARGEST_STEP, _LARGEST_STEP).double()
+    _, directions = torch.linalg.eigh(steps.mT @ steps)
+    along = (steps @ directions).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    variance = along.square().mean(1).amax(1) / 2
+    most = (1 + math.sqrt(steps.shape[2] / steps.shape[1])) ** 2
     return ((_SHARED[1] - variance / most) / (_SHARED[1] - _SHARED[0])).clamp(0, 1).to(left)[:, None, None]
 
 
