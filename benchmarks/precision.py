@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.jobs import without_folders
 from benchmarks.tables import level_head, publish
-from restormer3d.arithmetic import Precision
+from restormer3d.config import Precision
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.settings import settings

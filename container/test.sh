@@ -34,7 +34,7 @@ cp "$STACK" "$work/input/$SOCKET/"
 if [[ -n "${MODEL:-}" ]]; then
     cp -r "$MODEL/." "$work/model/"
 else
-    find src/restormer3d/data -name '*.safetensors' -exec cp {} "$work/model/" \;
+    cp src/restormer3d/data/restormer3d.safetensors "$work/model/"
 fi
 cat >"$work/input/inputs.json" <<JSON
 [{"socket": {"slug": "stacked-neuron-images-with-noise", "relative_path": "$SOCKET"}}]

@@ -20,10 +20,10 @@ from restormer3d.activity_scenes import (
 from restormer3d.activity_training import draw_batch, pretrain_activity, validate_activity, with_other_noise
 from restormer3d.checkpoint import (
     CheckpointError,
+    course_network,
+    footprint_network,
     load_unet,
     save_state,
-    shipped_course_network,
-    shipped_footprint_network,
 )
 from restormer3d.cli import app
 from restormer3d.unets import CourseNetwork, FootprintNetwork
@@ -184,7 +184,7 @@ def test_scenes_are_prepared_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("simulated", "network", "gain"),
-    [(simulated_footprints, shipped_footprint_network, 0.3), (simulated_courses, shipped_course_network, 0.1)],
+    [(simulated_footprints, footprint_network, 0.3), (simulated_courses, course_network, 0.1)],
 )
 def test_shipped_weights_denoise_scenes_of_another_seed(monkeypatch, simulated, network, gain):
     for name in ("_FOOTPRINT_FRAMES", "_COURSE_FRAMES"):

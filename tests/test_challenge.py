@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from restormer3d import denoising
 from restormer3d.challenge import __main__ as door
 from restormer3d.challenge import job
 from restormer3d.challenge.server import InvokeServer
-from restormer3d.checkpoint import save_weights
+from restormer3d.checkpoint import SHIPPED_WEIGHTS, SMALL_NETWORKS, save_weights, shipped_file
 from restormer3d.config import ModelConfig
 from restormer3d.model import Restormer3D
 from restormer3d.planning import Calibration
@@ -214,10 +216,12 @@ def test_an_mha_that_is_no_stack_is_refused(platform, stack, capsys):
 
 
 def test_the_first_weights_by_name_are_taken(platform):
-    again = platform.model / "z" / "a.safetensors"
+    again = platform.model / "z" / "d.safetensors"
     again.parent.mkdir()
     shutil.copy(platform.model / "tarball" / "tiny.safetensors", again)
-    (platform.model / "._a.safetensors").write_bytes(b"what some archivers leave")
+    (platform.model / "._d.safetensors").write_bytes(b"what some archivers leave")
+    for small in SMALL_NETWORKS:
+        (again.parent / small).write_bytes(b"of the package")
     assert job.find_weights(platform.model) == again
 
 
@@ -549,6 +553,15 @@ def test_a_full_disk_is_one_line_of_reason(platform, stack):
 def test_the_scripts_are_valid_shell(name):
     done = subprocess.run(["bash", "-n", str(CONTAINER / name)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_image_holds_all_weights_but_those_that_the_model_brings():
+    removed = re.findall(r"find src -name '(.+)' -delete", (CONTAINER / "Dockerfile").read_text())
+    files = [path.name for path in shipped_file("").glob("*.safetensors")]
+    left = {name for name in files if not any(fnmatch(name, pattern) for pattern in removed)}
+    assert left == set(SMALL_NETWORKS)
+    assert set(files) - left == {SHIPPED_WEIGHTS}
+    assert "data/restormer3d.safetensors" in (CONTAINER / "test.sh").read_text()
 
 
 def test_the_image_is_labeled_and_runs_as_another_user():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 
+import restormer3d
 from restormer3d.cli import app
 
 QUICK = """
@@ -148,6 +149,41 @@ def test_an_existing_output_is_kept_unless_told(noisy_file, quick, tmp_path, cap
     assert tifffile.imread(output).ndim == 3
 
 
+@pytest.mark.parametrize("name", ["out.tif.json", "mouse.safetensors"])
+def test_what_lies_beside_an_output_is_kept_unless_told(noisy_file, quick, tmp_path, name):
+    (tmp_path / name).write_bytes(b"precious")
+    command = [
+        "denoise",
+        noisy_file,
+        "-o",
+        tmp_path / "out.tif",
+        "--save-weights",
+        tmp_path / "mouse.safetensors",
+        *quick,
+    ]
+    assert run(*command) == 1
+    assert (tmp_path / name).read_bytes() == b"precious"
+    assert not (tmp_path / "out.tif").exists()
+    assert run(*command, "--overwrite") == 0
+    assert (tmp_path / name).read_bytes() != b"precious"
+
+
+def test_what_was_said_stands_in_the_sidecar(noisy_file, quick, tmp_path, capsys):
+    assert run("denoise", noisy_file, "-o", tmp_path / "out.tif", *quick) == 0
+    messages = json.loads((tmp_path / "out.tif.json").read_text())["messages"]
+    assert any("need 48 frames" in text for text in messages)
+    said = capsys.readouterr().err
+    assert all(text in said for text in messages)
+
+
+@pytest.mark.parametrize(
+    "options", [["--weights", "none"], ["--save-weights", "a.safetensors"], ["--sigma", 1, 1]], ids=lambda o: o[0]
+)
+def test_a_filter_takes_nothing_of_the_network_s(noisy_file, tmp_path, capsys, options):
+    assert run("denoise", noisy_file, "-o", tmp_path / "out.tif", "--method", "svd", *options) == 2
+    assert options[0] in capsys.readouterr().err
+
+
 def test_weights_are_saved_and_start_the_next_stack(noisy_file, quick, tmp_path):
     weights = tmp_path / "mouse.safetensors"
     assert run("denoise", noisy_file, "-o", tmp_path / "a.tif", "--save-weights", weights, *quick) == 0
@@ -207,6 +243,13 @@ def test_ctrl_c_leaves_no_half_written_file(noisy_file, quick, tmp_path):
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_array_that_the_filter_stood_in_for_comes_with_a_warning(noisy_stack, monkeypatch):
+    monkeypatch.setattr("restormer3d.denoising.ends_in_time", lambda *_: False)
+    with pytest.warns(UserWarning, match="Gaussian filter stands in"):
+        denoised = restormer3d.denoise(noisy_stack, time_limit=5, device="cpu", patch=(16, 16, 16))
+    assert denoised.shape == noisy_stack.shape
 
 
 def test_a_time_limit_is_kept_and_said(noisy_file, quick, tmp_path, capsys):

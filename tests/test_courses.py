@@ -11,7 +11,7 @@ import torch
 from restormer3d import components
 from restormer3d.arithmetic import float32_products
 from restormer3d.baselines import gaussian_frames
-from restormer3d.checkpoint import shipped_course_network
+from restormer3d.checkpoint import course_network
 from restormer3d.courses import (
     answer,
     course_noise,
@@ -44,7 +44,7 @@ def drawn(shape, seed=9):
 
 def refined(denoised, noisy, network=None):
     ones = torch.ones(noisy.shape[1:])
-    return denoise_courses(denoised, noisy, drawn(noisy.shape), ones, network or shipped_course_network())
+    return denoise_courses(denoised, noisy, drawn(noisy.shape), ones, network or course_network())
 
 
 def error(x, truth):
@@ -156,7 +156,7 @@ def test_a_course_is_denoised_better_beside_one_with_the_same_events():
     truth = torch.from_numpy(weak).float()
     errors = []
     for noisy, smooth in (same, other):
-        better = answer(shipped_course_network(), noisy, smooth, strength_of(smooth), told_by_others(smooth))
+        better = answer(course_network(), noisy, smooth, strength_of(smooth), told_by_others(smooth))
         errors.append(float((better[..., 0] - truth).square().mean()))
     assert errors[0] < 0.95 * errors[1]
 
@@ -192,7 +192,7 @@ def test_the_order_of_courses_has_no_meaning():
     lines = [drawn((2, 50, 5), seed) for seed in range(3)]
     told = told_by_others(lines[1])
     order = torch.tensor([3, 1, 4, 0, 2])
-    network = shipped_course_network()
+    network = course_network()
     plain = answer(network, *lines, told=told)[..., order]
     ordered = answer(network, *(x[..., order] for x in lines), told=told[:, order][:, :, order])
     torch.testing.assert_close(ordered, plain, atol=1e-4, rtol=1e-4)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
+from restormer3d.checkpoint import COURSE_WEIGHTS, FOOTPRINT_WEIGHTS, SHIPPED_WEIGHTS, network_file, shipped_file
 from restormer3d.config import recipe
 from restormer3d.settings import parse_blind_spot, pretraining_settings, settings
 
@@ -37,7 +42,8 @@ def test_arguments_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[training]\nspeed = 3\n", "speed"),
+        ("[training]\nspeed = 3\n", r"configuration file, \[training\] speed"),
+        ("[training]\nlearnig_rate = 1\n", "did you mean learning_rate"),
         ("[colors]\na = 1\n", "colors"),
         ("not toml", "TOML"),
         ("[training]\niterations = 'many'\n", "iterations"),
@@ -49,6 +55,35 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, reason):
     file.write_text(text)
     with pytest.raises(ValueError, match=reason):
         settings("published", config_file=file)
+
+
+def test_an_argument_is_refused_by_its_own_name():
+    with pytest.raises(ValueError, match=r"^overlap: .*got 0.95$"):
+        settings(overlap=0.95)
+
+
+def test_a_folder_may_hold_weights_of_any_network(tmp_path):
+    shutil.copy(shipped_file(COURSE_WEIGHTS), tmp_path)
+    chosen = settings(weights=tmp_path)
+    assert chosen.weights == shipped_file(SHIPPED_WEIGHTS)
+    assert network_file(COURSE_WEIGHTS, chosen.networks) == tmp_path / COURSE_WEIGHTS
+    assert network_file(FOOTPRINT_WEIGHTS, chosen.networks) == shipped_file(FOOTPRINT_WEIGHTS)
+    assert settings("published", weights=tmp_path).weights is None
+    (tmp_path / COURSE_WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="a folder with any of"):
+        settings(weights=tmp_path)
+
+
+def test_every_setting_has_its_line_in_the_docs():
+    lines = (Path(__file__).parents[1] / "docs" / "config.md").read_text().splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:4]] for line in lines if line.startswith("| `")]
+    expected = []
+    for default, published in zip(*(recipe(name, pretrained=True) for name in ("default", "published")), strict=True):
+        values = published.model_dump(mode="json")
+        expected += [
+            [key, json.dumps(value), json.dumps(values[key])] for key, value in default.model_dump(mode="json").items()
+        ]
+    assert rows == expected
 
 
 def test_an_untrained_network_is_refused():

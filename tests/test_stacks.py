@@ -602,6 +602,20 @@ def test_check_of_arrays():
         check_stack(np.zeros((0, 3, 4), "uint8"))
 
 
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.eye(5), r"\(T, H, W\)"),
+        (np.zeros((3, 2, 5, 5)), r"stack\[:, 0\]"),
+        (np.eye(5)[None] > 0, "astype"),
+        (np.arange(8).reshape(2, 2, 2), "got int64"),
+    ],
+)
+def test_an_array_that_is_no_stack_is_refused_before_anything_is_computed(array, reason):
+    with pytest.raises(StackError, match=reason):
+        check_stack(array)
+
+
 # --- writing ---
 
 

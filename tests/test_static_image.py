@@ -8,12 +8,14 @@ from scipy.ndimage import gaussian_filter
 
 from restormer3d import denoising, static_image
 from restormer3d.arithmetic import torch_device
+from restormer3d.checkpoint import image_network
 from restormer3d.denoising import silent, start_denoising
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 from restormer3d.static_image import denoise_mean, restored, stabilized
 
+NETWORK = image_network()
 WHITE = ((1.0,), (1.0,), (1.0,))
 
 
@@ -35,7 +37,7 @@ def test_it_is_closer_to_the_truth_than_the_mean_and_any_gaussian(scene, level):
     truth = scene[:].mean(0)
     noisy = NoisyScene(scene, *noise_parameters(level), seed=3)[:]
     mean = noisy.mean(0)
-    out = denoise_mean(mean, estimate_noise(noisy), len(noisy), WHITE)
+    out = denoise_mean(mean, estimate_noise(noisy), len(noisy), WHITE, NETWORK)
     assert out.dtype == np.float32
     best = min(error(gaussian_filter(mean, sigma), truth) for sigma in (0.0, 0.4, 0.6, 0.8, 1.0, 1.3, 2.0))
     assert error(out, truth) < 0.7 * best
@@ -45,7 +47,7 @@ def test_a_network_that_takes_too_much_away_is_not_followed(scene, monkeypatch):
     truth = scene[:].mean(0)
     mean = truth + np.random.default_rng(0).normal(size=truth.shape)
     monkeypatch.setattr(static_image, "denoise_image", lambda _, image, __: image.mean().expand_as(image))
-    assert error(denoise_mean(mean, noise_of(0.0, 1.0), 1, WHITE), truth) < 1.1 * error(mean, truth)
+    assert error(denoise_mean(mean, noise_of(0.0, 1.0), 1, WHITE, NETWORK), truth) < 1.1 * error(mean, truth)
 
 
 def test_noise_that_neighbors_share_is_known(scene):
@@ -53,14 +55,16 @@ def test_noise_that_neighbors_share_is_known(scene):
     truth = scene[:].mean(0)
     white = np.random.default_rng(0).normal(size=(64, 65))
     mean = truth + 60 * (white[:, 1:] + 0.5 * white[:, :-1]) / 1.25**0.5
-    told, not_told = (denoise_mean(mean, noise_of(0.0, 3600.0), 1, each) for each in ((*WHITE[:2], (1, 0.4)), WHITE))
+    told, not_told = (
+        denoise_mean(mean, noise_of(0.0, 3600.0), 1, each, NETWORK) for each in ((*WHITE[:2], (1, 0.4)), WHITE)
+    )
     assert error(told, truth) < 0.97 * error(not_told, truth)
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (5, 9), (1, 20), (1, 1)])
 def test_without_noise_the_mean_stays(shape):
     mean = np.random.default_rng(1).uniform(100, 900, shape)
-    out = denoise_mean(mean, noise_of(0.0, 0.0), 100, WHITE)
+    out = denoise_mean(mean, noise_of(0.0, 0.0), 100, WHITE, NETWORK)
     np.testing.assert_allclose(out, mean, rtol=1e-6)
 
 
@@ -68,7 +72,7 @@ def test_a_flat_image_stays_flat():
     flat = np.full((20, 20), 70.0)
     for noise in (noise_of(20.0, 100.0), noise_of(0.0, 0.0)):
         of_noise = (noise.variance(flat).mean() / 50) ** 0.5
-        np.testing.assert_allclose(denoise_mean(flat, noise, 50, WHITE), flat, rtol=1e-6, atol=0.15 * of_noise)
+        np.testing.assert_allclose(denoise_mean(flat, noise, 50, WHITE, NETWORK), flat, rtol=1e-6, atol=0.15 * of_noise)
 
 
 @pytest.mark.parametrize(
@@ -106,5 +110,5 @@ def test_only_the_static_part_of_a_stack_changes(scene, monkeypatch):
 def test_what_is_far_above_the_noise_stays(deviation):
     """Pixels that have nothing in common, recorded with next to no noise."""
     mean = np.random.default_rng(1).uniform(100, 900, (40, 30))
-    out = denoise_mean(mean, noise_of(0.0, deviation**2), 1, WHITE)
+    out = denoise_mean(mean, noise_of(0.0, deviation**2), 1, WHITE, NETWORK)
     assert np.sqrt(error(out, mean)) < max(1.2 * deviation, 0.05)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from restormer3d import footprints
-from restormer3d.checkpoint import CheckpointError, load_state, save_state
+from restormer3d.checkpoint import CheckpointError, image_network, load_state, save_state
 from restormer3d.components import AddedNoise
 from restormer3d.courses import course_noise, sparse_footprints, strength_of
 from restormer3d.denoising import silent, start_denoising
@@ -142,7 +142,8 @@ def simulated_footprints(seed: int, number: int, side: int = SIDE) -> FootprintS
     truth = (fields.courses.mT @ recording.clean.flatten(2)).view_as(fields.noisy)
     if not _NOISE[0] < float((fields.noisy - truth).square().mean()) < _NOISE[1]:
         return None
-    mean = denoise_mean(recording.mean, recording.estimate, recording.noisy.shape[1], recording.correlation)
+    frames = recording.noisy.shape[1]
+    mean = denoise_mean(recording.mean, recording.estimate, frames, recording.correlation, image_network())
     static = torch.from_numpy(stabilized(mean, recording.estimate))[None]
     images = (fields.noisy, fields.denoised, truth, *footprints.context(fields, static))
     noisy, denoised, truth, static, strength = (x[0].half() for x in images)

@@ -24,8 +24,9 @@ from restormer3d.activity_scenes import (
     simulated_courses,
     simulated_footprints,
 )
-from restormer3d.arithmetic import Precision, autocast, torch_device
+from restormer3d.arithmetic import autocast, torch_device
 from restormer3d.checkpoint import COURSE_WEIGHTS, FOOTPRINT_WEIGHTS
+from restormer3d.config import Precision
 from restormer3d.footprints import Footprints
 from restormer3d.training import Progress
 from restormer3d.unet_training import check_run, train_unet

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
 
 import torch
 
 from restormer3d import ops
-
-Engine = Literal["auto", "reference", "cpu", "cuda"]
-Precision = Literal["fp32", "tf32", "bf16"]
+from restormer3d.config import Engine, Precision
 
 
 def forced_engine(engine: Engine) -> AbstractContextManager[None]:

@@ -29,6 +29,7 @@ SHIPPED_WEIGHTS = "restormer3d.safetensors"
 IMAGE_WEIGHTS = "static_image.safetensors"
 FOOTPRINT_WEIGHTS = "footprints.safetensors"
 COURSE_WEIGHTS = "courses.safetensors"
+SMALL_NETWORKS = (IMAGE_WEIGHTS, FOOTPRINT_WEIGHTS, COURSE_WEIGHTS)
 
 AnyUNet = TypeVar("AnyUNet", bound=UNet)
 
@@ -123,13 +124,20 @@ def save_unet(path: Path, network: UNet, notes: dict[str, Any]) -> None:
 
 
 def load_unet(path: Path, kind: Callable[[tuple[int, int, int]], AnyUNet]) -> AnyUNet:
-    """Read what :func:`save_unet` wrote of a network of this kind."""
-    tensors = load_file(path)
-    fine, middle, coarse = (
-        tensors[f"{level}.2.weight"].shape[0] for level in ("encoder_level1", "encoder_level2", "latent")
-    )
-    network = kind((fine, middle, coarse))
-    network.load_state_dict(tensors)
+    """Read what :func:`save_unet` wrote of a network of this kind; CheckpointError if it is something else."""
+    try:
+        tensors = load_file(path)
+        fine, middle, coarse = (
+            tensors[f"{level}.2.weight"].shape[0] for level in ("encoder_level1", "encoder_level2", "latent")
+        )
+        network = kind((fine, middle, coarse))
+        network.load_state_dict(tensors)
+    except (SafetensorError, OSError, LookupError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: expected weights that `restormer3d pretrain-image` or `pretrain-activity` wrote, for the network "
+            f"of that name, found something else ({reason})"
+        ) from error
     return network
 
 
@@ -138,22 +146,30 @@ def shipped_file(name: str) -> Path:
     return Path(str(resources.files("restormer3d"))) / "data" / name
 
 
-@lru_cache(maxsize=1)
-def shipped_image_network() -> ImageNetwork:
-    """Return the network for the static image with the weights in the package, on the CPU."""
-    return load_unet(shipped_file(IMAGE_WEIGHTS), ImageNetwork)
+def network_file(name: str, folder: Path | None = None) -> Path:
+    """Return where the weights of a small network are: in a folder if it has them, else in the package."""
+    own = None if folder is None else folder / name
+    return own if own is not None and own.is_file() else shipped_file(name)
 
 
-@lru_cache(maxsize=1)
-def shipped_footprint_network() -> FootprintNetwork:
-    """Return the network for footprints with the weights in the package, on the CPU."""
-    return load_unet(shipped_file(FOOTPRINT_WEIGHTS), FootprintNetwork)
+def image_network(folder: Path | None = None) -> ImageNetwork:
+    """Return the network for the static image on the CPU, with the weights in a folder or in the package."""
+    return _read_once(network_file(IMAGE_WEIGHTS, folder), ImageNetwork)
 
 
-@lru_cache(maxsize=1)
-def shipped_course_network() -> CourseNetwork:
-    """Return the network for courses with the weights in the package, on the CPU."""
-    return load_unet(shipped_file(COURSE_WEIGHTS), CourseNetwork)
+def footprint_network(folder: Path | None = None) -> FootprintNetwork:
+    """Return the network for footprints, as :func:`image_network`."""
+    return _read_once(network_file(FOOTPRINT_WEIGHTS, folder), FootprintNetwork)
+
+
+def course_network(folder: Path | None = None) -> CourseNetwork:
+    """Return the network for courses, as :func:`image_network`."""
+    return _read_once(network_file(COURSE_WEIGHTS, folder), CourseNetwork)
+
+
+@lru_cache(maxsize=len(SMALL_NETWORKS))
+def _read_once(path: Path, kind: Callable[[tuple[int, int, int]], AnyUNet]) -> AnyUNet:
+    return load_unet(path, kind)
 
 
 def file_sha256(path: str | Path) -> str:

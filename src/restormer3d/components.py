@@ -7,7 +7,6 @@ look is measured: the stack is denoised a second time with a little more noise o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from restormer3d.arithmetic import float64_device
 from restormer3d.filters import gaussian_matrix
 from restormer3d.principal import leading_components
+from restormer3d.threads import thread_count
 from restormer3d.tiling import hann_weights, window_starts
 
 LEAST_FRAMES = 16
@@ -98,7 +98,7 @@ class AddedNoise:
             drawn = fields[rng.integers(_DRAWN)]
             np.multiply(deviation, np.roll(drawn, rng.integers(frame.shape), (0, 1)), out=frame, casting="same_kind")
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(thread_count()) as pool:
             for _ in pool.map(fill, range(first, last)):  # an error in a thread is raised here
                 pass
         return noise

@@ -10,6 +10,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Recipe = Literal["default", "published"]
+Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
+Engine = Literal["auto", "reference", "cpu", "cuda"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PatchShape = tuple[
     Annotated[int, Field(ge=8)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 from restormer3d.report import trace_picture
@@ -28,8 +29,10 @@ def demo(output: Path, *, minutes: float = 4.0, progress: Progress, say: Say) ->
     Raises
     ------
     RuntimeError
-        If the recording could not be denoised.
+        If the recording could not be denoised, or there is no matplotlib to draw it.
     """
+    if find_spec("matplotlib") is None:
+        raise RuntimeError("the picture needs matplotlib: pip install 'restormer3d[plots]'")
     source = Path(str(resources.files("restormer3d"))) / "data" / RECORDING
     failures = denoise_files(
         [source], output, settings(), time_limit=minutes, overwrite=True, progress=progress, say=say

@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from restormer3d.arithmetic import Precision, float64_device, forced_engine, torch_device, usable
+from restormer3d.arithmetic import float64_device, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.checkpoint import (
     COURSE_WEIGHTS,
     FOOTPRINT_WEIGHTS,
     IMAGE_WEIGHTS,
-    shipped_course_network,
-    shipped_file,
-    shipped_footprint_network,
+    course_network,
+    footprint_network,
+    image_network,
+    network_file,
 )
 from restormer3d.components import (
     LEAST_FRAMES,
@@ -31,7 +33,7 @@ from restormer3d.components import (
     is_held,
     refine_by_components,
 )
-from restormer3d.config import InferenceConfig
+from restormer3d.config import Method, Precision
 from restormer3d.courses import denoise_courses
 from restormer3d.fields import FIELD_FRAMES
 from restormer3d.footprints import denoise_footprints
@@ -49,7 +51,6 @@ from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
 from restormer3d.stimulus_light import put_back, take_light_away
 from restormer3d.training import fit
 
-Method = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
@@ -92,13 +93,19 @@ def denoise_array(
 ) -> np.ndarray:
     """Denoise a stack of shape (T, H, W) to an array; as :func:`restormer3d.workflow.denoise`, with `chosen` settings.
 
-    `pretrained` are the weights of `chosen`, if the caller has read them already.
+    `pretrained` are the weights of `chosen`, if the caller has read them already. Warns where the Gaussian filter
+    stands in for the network.
     """
     check_stack(stack)
     seconds = None if time_limit is None else 60 * time_limit
     output = np.empty(stack.shape, stack.dtype)
     with forced_engine(chosen.engine):  # frames are computed as they are asked for
         result = start_denoising(stack, chosen, method, torch_device(device), seconds, progress, say, pretrained)
+        if "instead_of_the_network" in result.record:
+            warnings.warn(
+                f"the time limit suffices for no network: the Gaussian filter stands in ({time_limit:g} minutes)",
+                stacklevel=3,
+            )
         for t, frame in enumerate(result.frames):
             output[t] = to_dtype(frame, stack.dtype)[0]
     return output
@@ -224,40 +231,48 @@ def _denoised_frames(
     static = None
     if noise is not None and (parts.static_image or parts.footprints):
         mean = source.normalization.invert(source.mean)
-        static = denoise_mean(mean, noise, source.stack.shape[0], source.noise_correlation, device)
-    steps = _activity_steps(parts, added, static, noise, float64_device(device)) if added and noise else {}
+        static = denoise_mean(
+            mean, noise, source.stack.shape[0], source.noise_correlation, image_network(chosen.networks), device
+        )
+    steps = _activity_steps(chosen, added, static, noise, float64_device(device), say) if added and noise else {}
     if added is not None:
         frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()))
     if static is not None and parts.static_image:
         frames = _with_static_image(frames, denoise, source, static)
-    used = {"footprints": FOOTPRINT_WEIGHTS, "courses": COURSE_WEIGHTS}
-    record = {name: file_record(shipped_file(file)) if name in steps else None for name, file in used.items()}
-    record |= {"components": added is not None, "static_image": None}
-    if static is not None and parts.static_image:
-        record["static_image"] = file_record(shipped_file(IMAGE_WEIGHTS))
-    return frames, record
+    done = {"components": added is not None}
+    names = {"footprints": FOOTPRINT_WEIGHTS, "courses": COURSE_WEIGHTS, "static_image": IMAGE_WEIGHTS}
+    used = [*steps, "static_image"] if static is not None and parts.static_image else list(steps)
+    files = {name: network_file(names[name], chosen.networks) if name in used else None for name in names}
+    return frames, done | {name: file and file_record(file) for name, file in files.items()}
 
 
 def _activity_steps(
-    parts: InferenceConfig,
+    chosen: Settings,
     added: AddedNoise,
     static: np.ndarray | None,
     noise: NoiseEstimate,
     device: torch.device,
+    say: Say,
 ) -> dict[str, Step]:
     """What is done with components by networks of their own, by name."""
+    parts = chosen.inference
     steps: dict[str, Step] = {}
     if chunk_frames(added.shape) < FIELD_FRAMES:
+        if parts.footprints or parts.courses:
+            say(
+                f"footprints and courses of activity need {FIELD_FRAMES} frames together in memory, here are "
+                f"{chunk_frames(added.shape)}: these steps are left out"
+            )
         return steps
     if parts.footprints and static is not None:
         steps["footprints"] = partial(
             denoise_footprints,
             static=torch.from_numpy(stabilized(static, noise)).to(device, torch.float32),
             correlation=added.correlation,
-            network=copy.deepcopy(shipped_footprint_network()).to(device),
+            network=copy.deepcopy(footprint_network(chosen.networks)).to(device),
         )
     if parts.courses:
-        steps["courses"] = partial(denoise_courses, network=copy.deepcopy(shipped_course_network()).to(device))
+        steps["courses"] = partial(denoise_courses, network=copy.deepcopy(course_network(chosen.networks)).to(device))
     return steps
 
 
@@ -308,7 +323,10 @@ def _added_noise(source: TrainingStack, noise: NoiseEstimate | None, say: Say) -
         say("the noise of consecutive frames is correlated: components cannot be told from it, that step is left out")
         return None
     variance = noise.variance(source.normalization.invert(source.mean))
-    return AddedNoise(source.stack, variance, source.noise_correlation) if variance.any() else None
+    if not variance.any():
+        say("differences of frames show no noise: no component can be told from it, that step is left out")
+        return None
+    return AddedNoise(source.stack, variance, source.noise_correlation)
 
 
 def _with_static_image(

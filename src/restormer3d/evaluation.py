@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from restormer3d.denoising import Method, Progress, Say, denoise_array
+from restormer3d.config import Method
+from restormer3d.denoising import Progress, Say, denoise_array
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
 from restormer3d.settings import Settings
@@ -82,7 +83,7 @@ def evaluate_real(
     methods : list of str
         What to compare.
     device, time_limit, progress, say
-        As for :func:`restormer3d.workflow.denoise`; the limit is for each method.
+        As for :func:`restormer3d.workflow.denoise`; the limit is for each denoising, of which a method needs two.
 
     Returns
     -------

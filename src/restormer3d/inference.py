@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from restormer3d.arithmetic import Precision, autocast, float32_products
-from restormer3d.config import InferenceConfig
+from restormer3d.arithmetic import autocast, float32_products
+from restormer3d.config import InferenceConfig, Precision
 from restormer3d.cuda_graph import GraphedStep
 from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts

@@ -6,12 +6,13 @@ A *stack* is anything with shape (T, H, W), a dtype and numpy slicing, such as a
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from restormer3d.threads import thread_count
 
 _COLLECT_VALUES = 2**24  # most values held for the percentiles of 32- and 64-bit stacks (float64: 128 MiB)
 _STRIP_BYTES = 2**27  # most bytes of one row strip in `temporal_median`; its working copies stay far smaller
@@ -131,7 +132,7 @@ def _histogram_percentiles(stack: Any, frames: np.ndarray, percentiles: tuple[fl
             counts += np.bincount(stack[t].ravel().astype(np.int64) - offset, minlength=values)
         return counts
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         ends = np.cumsum(sum(pool.map(count, np.array_split(frames, 16))))
     positions = np.asarray(percentiles) / 100 * (ends[-1] - 1)
     below = np.searchsorted(ends, np.floor(positions), side="right") + offset
@@ -177,7 +178,7 @@ def temporal_median(stack: Any, max_frames: int = 500) -> np.ndarray:
     frames = sample_frames(length, max_frames)
     rows = max(1, _STRIP_BYTES // (len(frames) * width * stack.dtype.itemsize))
     image = np.empty((height, width), dtype=np.float32)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         for top in range(0, height, rows):
             strip = np.concatenate([stack[t : t + 1, top : top + rows, 0:width] for t in frames])
             for y, row in enumerate(pool.map(_median_of_row, strip.swapaxes(0, 1)), start=top):

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from restormer3d.arithmetic import Precision
 from restormer3d.checkpoint import CheckpointError, save_history, save_weights
-from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
+from restormer3d.config import InferenceConfig, ModelConfig, Precision, TrainingConfig
 from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
 from restormer3d.metrics import evaluate_stacks

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from restormer3d.arithmetic import Precision, autocast, float32_products
-from restormer3d.config import TrainingConfig
+from restormer3d.arithmetic import autocast, float32_products
+from restormer3d.config import Precision, TrainingConfig
 from restormer3d.cuda_graph import GraphedStep
 from restormer3d.objectives import hide, masked_loss
 from restormer3d.patches import TrainingStack, random_patches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
-from restormer3d.arithmetic import Engine, Precision
-from restormer3d.checkpoint import load_weights, shipped_weights
-from restormer3d.config import InferenceConfig, ModelConfig, Recipe, TrainingConfig, recipe
+from restormer3d.checkpoint import SHIPPED_WEIGHTS, SMALL_NETWORKS, load_weights, shipped_weights
+from restormer3d.config import Engine, InferenceConfig, ModelConfig, Precision, Recipe, TrainingConfig, recipe
 from restormer3d.model import Restormer3D
+
+# What a setting is called as an argument, and where it is in a configuration file.
+_ARGUMENTS = {"overlap_t": "overlap", "overlap_xy": "overlap", "window": "patch"}
+_TABLES = {ModelConfig: "model", TrainingConfig: "training", InferenceConfig: "inference"}
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig, InferenceConfig)
 
@@ -34,6 +38,8 @@ class Settings:
         Of every stack.
     weights : Path or None
         Where training starts; None trains from scratch.
+    networks : Path or None
+        Folder whose files stand in for those of the small networks in the package, where it has them.
     sigma : tuple of float or None
         Widths of the Gaussian filter in frames and pixels, should that be the method; None chooses them.
     precision : {"fp32", "tf32", "bf16"}
@@ -47,6 +53,7 @@ class Settings:
     training: TrainingConfig
     inference: InferenceConfig
     weights: Path | None
+    networks: Path | None = None
     sigma: tuple[float, float] | None = None
     precision: Precision = "fp32"
     engine: Engine = "auto"
@@ -91,7 +98,9 @@ def settings(
     recipe_name : {"default", "published"}
         What everything that is not given comes from.
     weights : path or "none", optional
-        Where training starts. By default the pretrained weights in the package, if they suit the recipe.
+        Where training starts. By default the pretrained weights in the package; with the published recipe "none", from
+        scratch. A folder may hold weights of any of the networks under the names that they have in the package (such as
+        `courses.safetensors`, from `pretrain-activity`); the others are the package's.
     iterations, batch_size, patch, overlap, seed : optional
         Replace the recipe's.
     blind_spot : str, optional
@@ -111,7 +120,7 @@ def settings(
         If a setting is unknown or out of range; the message names it.
     """
     file = _read_toml(config_file)
-    source = _weights_file(recipe_name, weights)
+    source, networks = _weights_files(recipe_name, weights)
     model, training, inference = recipe(recipe_name, pretrained=source is not None)
     if source is not None:
         model = load_weights(source).config
@@ -119,8 +128,8 @@ def settings(
             raise ValueError(f"{config_file}: [model] asks for {asked}, but {source} holds {model}")
     training = _changed(
         training,
-        file.get("training", {})
-        | _given(
+        file.get("training", {}),
+        _given(
             iterations=iterations,
             batch_size=batch_size,
             patch=patch,
@@ -128,7 +137,7 @@ def settings(
             blind_spot=None if blind_spot is None else parse_blind_spot(blind_spot),
         ),
     )
-    windows = file.get("inference", {}) | _given(
+    windows = _given(
         window=patch,
         stretch=None if patch is None else 1.0,
         overlap_t=overlap,
@@ -139,7 +148,8 @@ def settings(
         model = _changed(model, file.get("model", {}))
         if training.iterations == 0:
             raise ValueError("no weights and no iterations would leave the network untrained: give one of the two")
-    return Settings(recipe_name, model, training, _changed(inference, windows), source, sigma, precision, engine)
+    inference = _changed(inference, file.get("inference", {}), windows)
+    return Settings(recipe_name, model, training, inference, source, networks, sigma, precision, engine)
 
 
 def pretraining_settings(
@@ -164,7 +174,7 @@ def pretraining_settings(
     page |= {"held_out": 0.0, "stop_early": False, "adapt_mixture": False}  # both belong to one stack
     page |= {"learning_rate": 3e-4, "loss": "l1"} if recipe_name == "published" else {"warmup_iterations": 0}
     given = _given(iterations=iterations, batch_size=batch_size, patch=patch, seed=seed)
-    training = _changed(training, page | file.get("training", {}) | given)
+    training = _changed(training, page | file.get("training", {}), given)
     return _changed(model, file.get("model", {})), training
 
 
@@ -220,22 +230,36 @@ def _read_toml(path: str | Path | None) -> dict[str, Any]:
     return tables
 
 
-def _weights_file(recipe_name: Recipe, weights: str | Path | None) -> Path | None:
-    if weights is None:
-        # The shipped weights mix filters; the published form has to be trained from scratch.
-        return shipped_weights() if recipe_name == "default" else None
-    return None if str(weights) == "none" else Path(weights)
+def _weights_files(recipe_name: Recipe, weights: str | Path | None) -> tuple[Path | None, Path | None]:
+    """Weights where training starts, and the folder of others, as far as there are any."""
+    # The shipped weights mix filters; the published form has to be trained from scratch.
+    usual = shipped_weights() if recipe_name == "default" else None
+    if weights is None or str(weights) == "none":
+        return (usual if weights is None else None), None
+    if not Path(weights).is_dir():
+        return Path(weights), None
+    names = (SHIPPED_WEIGHTS, *SMALL_NETWORKS)
+    found = [name for name in names if (Path(weights) / name).is_file()]
+    if not found:
+        raise ValueError(f"{weights}: expected a weights file, or a folder with any of {', '.join(names)}")
+    return (Path(weights) / SHIPPED_WEIGHTS if SHIPPED_WEIGHTS in found else usual), Path(weights)
 
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _changed(config: Config, changes: dict[str, Any]) -> Config:
-    """Validate a configuration anew with some values replaced."""
+def _changed(config: Config, file: dict[str, Any], given: dict[str, Any] | None = None) -> Config:
+    """Validate a configuration anew with some values replaced: by the configuration file's, then by arguments."""
+    given = given or {}
     try:
-        return type(config).model_validate(config.model_dump() | changes)
+        return type(config).model_validate(config.model_dump() | file | given)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or type(config).__name__
-        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}") from error
+        setting = str(first["loc"][0]) if first["loc"] else type(config).__name__
+        name = _ARGUMENTS.get(setting, setting) if setting in given else setting
+        if setting in file and setting not in given:
+            name = f"configuration file, [{_TABLES[type(config)]}] {setting}"
+        near = difflib.get_close_matches(setting, type(config).model_fields)
+        meant = f" (did you mean {near[0]}?)" if near and first["type"] == "extra_forbidden" else ""
+        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}{meant}") from error

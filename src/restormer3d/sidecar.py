@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from restormer3d import ops
-from restormer3d.arithmetic import Precision
 from restormer3d.checkpoint import file_sha256
+from restormer3d.config import Precision
 from restormer3d.patches import TrainingStack
 from restormer3d.settings import Settings
 from restormer3d.stacks import StackCheck, TiffStack
@@ -24,7 +24,13 @@ _LOSS_POINTS = 200  # entries of the loss curve
 
 
 def sidecar(
-    stack: TiffStack, check: StackCheck, target: Path, written: dict[str, Any], record: dict[str, Any], seconds: float
+    stack: TiffStack,
+    check: StackCheck,
+    target: Path,
+    written: dict[str, Any],
+    record: dict[str, Any],
+    messages: list[str],
+    seconds: float,
 ) -> dict[str, Any]:
     """Put together the record of one denoised file.
 
@@ -40,6 +46,8 @@ def sidecar(
         Fields of the :class:`restormer3d.stacks.WriteSummary`.
     record : dict
         Method, settings, losses and timings.
+    messages : list of str
+        What the user was told: how the file was understood, what was found, chosen and left out, and why.
     seconds : float
         Time from start to end.
 
@@ -60,6 +68,7 @@ def sidecar(
         },
         "output": {"file": str(target)} | {name: value for name, value in written.items() if name != "path"},
         **record,
+        "messages": messages,
         "total_seconds": seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | _versions(packages),

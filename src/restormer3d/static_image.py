@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from restormer3d.arithmetic import float64_device
-from restormer3d.checkpoint import shipped_image_network
 from restormer3d.fields import followed
 from restormer3d.filters import smooth_plane
 from restormer3d.noise import NoiseEstimate
-from restormer3d.unets import denoise_image, lag_one
+from restormer3d.unets import ImageNetwork, denoise_image, lag_one
 
 SAMPLE_FRAMES = 64
 """Of a stack too long to be held: they show what its denoised frames have in common."""
@@ -31,6 +30,7 @@ def denoise_mean(
     noise: NoiseEstimate,
     frames: int,
     correlation: tuple[tuple[float, ...], ...],
+    network: ImageNetwork,
     device: str | torch.device = "cpu",
 ) -> np.ndarray:
     """Denoise the temporal mean of a stack.
@@ -48,6 +48,8 @@ def denoise_mean(
         That the mean was taken of.
     correlation : tuple of tuple of float
         Of a voxel's noise with its neighbors' along frames, rows and columns, from lag 0 on.
+    network : ImageNetwork
+        On any device; a copy computes.
     device : str or torch.device
         Where to compute, see `arithmetic.float64_device`.
 
@@ -68,7 +70,7 @@ def denoise_mean(
     image = torch.from_numpy(stabilized(mean, noise)).to(where)
     variance = max((2 * sum(correlation[0]) - 1) / frames, _LEAST_NOISE * max(1.0, float(image.var(correction=0))))
     image /= variance**0.5
-    denoised = denoise_image(copy.deepcopy(shipped_image_network()).to(where), image, lag_one(correlation))
+    denoised = denoise_image(copy.deepcopy(network).to(where), image, lag_one(correlation))
     taken_away = smooth_plane((image - denoised).square(), _NEAR)
     image += followed(taken_away) * (denoised - image)
     return restored((image * variance**0.5).cpu().numpy(), noise).astype(np.float32)

@@ -7,13 +7,14 @@ in. It is taken away before denoising, and put back afterwards.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from restormer3d.threads import thread_count
 
 _COLUMNS = 64  # of a row that are looked at, at most
 _ROWS = 9  # of which the middle one counts: edges of a lit band stay, single rows do not
@@ -133,7 +134,7 @@ def _shared_light(frames: np.ndarray) -> np.ndarray:
     least = _least_light(np.abs(np.diff(some, axis=0)))
     frames -= np.median(some, axis=0)
     ranks = frames.shape[2] // 4, frames.shape[2] // 2
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         ordered = pool.map(lambda frame: np.partition(frame, ranks, axis=1)[:, ranks], frames)
         lower, middle = np.stack(list(ordered)).transpose(2, 0, 1)  # each (T, H)
     lower, middle = (x - _usual(x) for x in (lower, middle))

@@ -21,9 +21,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from restormer3d.arithmetic import Precision, autocast, float32_products
+from restormer3d.arithmetic import autocast, float32_products
 from restormer3d.checkpoint import CheckpointError, load_state, save_state
-from restormer3d.config import TrainingConfig
+from restormer3d.config import Precision, TrainingConfig
 from restormer3d.cuda_graph import GraphedStep
 from restormer3d.distributed import average_gradients, is_first, part_of_batch
 from restormer3d.model import Restormer3D

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ import numpy as np
 import psutil
 import torch
 
-from restormer3d.arithmetic import Engine, Precision, forced_engine, torch_device
-from restormer3d.checkpoint import save_weights
-from restormer3d.config import Recipe
-from restormer3d.denoising import Method, Progress, Say, denoise_array, silent, start_denoising
+from restormer3d.arithmetic import forced_engine, torch_device
+from restormer3d.checkpoint import replacing, save_weights
+from restormer3d.config import Engine, Method, Precision, Recipe
+from restormer3d.denoising import Progress, Say, denoise_array, silent, start_denoising
 from restormer3d.settings import Pretrained, Settings, settings
 from restormer3d.sidecar import sidecar
 from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, write_stack
+
+# What one stack may run into without taking the others along.
+FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
 
@@ -41,6 +46,7 @@ def denoise(
     precision: Precision = "fp32",
     time_limit: float | None = None,
     progress: Progress = silent,
+    say: Say = silent,
 ) -> np.ndarray:
     """Denoise one stack from itself alone.
 
@@ -53,7 +59,8 @@ def denoise(
     method : {"restormer3d", "gaussian", "temporal-mean", "svd"}
         The network, or one of the plain filters it has to beat.
     weights : path or "none", optional
-        Where training starts; by default the weights in the package.
+        Where training starts: a weights file, or a folder as :func:`restormer3d.settings.settings` takes it. By default
+        the weights in the package; with the published recipe "none", from scratch.
     iterations, batch_size, patch, overlap, seed, blind_spot, symmetries : optional
         Replace the recipe's; see :func:`restormer3d.settings.settings`.
     device : {"auto", "cpu", "cuda", "mps"}
@@ -63,19 +70,27 @@ def denoise(
     precision : {"fp32", "tf32", "bf16"}
         Of the network's arithmetic. "tf32" changes nothing but on NVIDIA GPUs, "bf16" is not for the CPU engine.
     time_limit : float, optional
-        Minutes; iterations and overlap are reduced so that the work ends in time.
+        Minutes; iterations and overlap are reduced so that the work ends in time. Where no network would, the Gaussian
+        filter stands in, with a warning.
     progress : function, optional
         Called with (stage, done, total).
+    say : function, optional
+        Called with one line of text for the user, such as `print`.
 
     Returns
     -------
     numpy.ndarray
         Denoised intensities: same shape, same dtype, rounded and clipped to the dtype's range.
 
+    Warns
+    -----
+    UserWarning
+        If the Gaussian filter stands in for the network.
+
     Raises
     ------
     StackError
-        If the stack cannot be denoised: not (T, H, W), constant, NaN, unreadable.
+        If the stack cannot be denoised: not (T, H, W), of another dtype than a TIFF stack's, constant, NaN, unreadable.
     ValueError
         If a setting is out of range.
     """
@@ -92,11 +107,10 @@ def denoise(
         precision=precision,
         engine=engine,
     )
-    if isinstance(stack, np.ndarray):
-        return denoise_array(stack, chosen, method=method, device=device, time_limit=time_limit, progress=progress)
-    with open_stack(stack) as source:
+    with nullcontext(stack) if isinstance(stack, np.ndarray) else open_stack(stack) as source:
+        noisy = _readable(source) if isinstance(source, TiffStack) else source
         return denoise_array(
-            _readable(source), chosen, method=method, device=device, time_limit=time_limit, progress=progress
+            noisy, chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
         )
 
 
@@ -152,16 +166,21 @@ def denoise_files(
     for number, (source, target) in enumerate(targets.items()):
         share = None
         if deadline is not None:
-            sizes = [path.stat().st_size if path.is_file() else 0 for path in list(targets)[number:]]
-            share = (deadline - time.monotonic()) * max(1, sizes[0]) / max(1, sum(sizes))
+            share = share_of_time(list(targets)[number:], deadline)
         try:
             _denoise_file(
                 source, target, chosen, method, on, share, overwrite, save_weights_to, pretrained, progress, say
             )
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        except FAILURES as error:
             failures[source] = error
             say(f"failed: {_reason(source, error)}")
     return failures
+
+
+def share_of_time(stacks: list[Path], deadline: float) -> float:
+    """Seconds for the first of some files, by their sizes, until all have to be done (by `time.monotonic`)."""
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in stacks]
+    return (deadline - time.monotonic()) * max(1, sizes[0]) / max(1, sum(sizes))
 
 
 def output_files(stacks: list[Path], output: Path) -> dict[Path, Path]:
@@ -198,21 +217,42 @@ def _denoise_file(
 ) -> None:
     """Denoise one file: check everything first, compute, write, leave the sidecar."""
     started = time.monotonic()
+    messages: list[str] = []
+
+    def tell(text: str) -> None:
+        messages.append(text)
+        say(text)
+
     with open_stack(source) as stack, forced_engine(chosen.engine):
         check_output(target, stack.shape, stack.dtype, source=source, overwrite=overwrite)
-        say(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
+        beside = target.with_name(target.name + ".json")
+        _check_files([beside] if save_weights_to is None else [beside, save_weights_to], overwrite)
+        tell(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
         check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]))
         remaining = None if seconds is None else seconds - (time.monotonic() - started)
-        result = start_denoising(_readable(stack), chosen, method, device, remaining, progress, say, pretrained)
+        result = start_denoising(_readable(stack), chosen, method, device, remaining, progress, tell, pretrained)
         written = write_stack(
             target, result.frames, shape=stack.shape, dtype=stack.dtype, like=stack, overwrite=overwrite
         )
-        record = sidecar(stack, check, target, asdict(written), result.record, time.monotonic() - started)
-    target.with_name(target.name + ".json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        record = sidecar(stack, check, target, asdict(written), result.record, messages, time.monotonic() - started)
+    with replacing(beside) as part:
+        part.write_text(json.dumps(record, indent=2, default=str) + "\n")
     if save_weights_to is not None and result.model is not None:
         save_weights(save_weights_to, result.model, {"fine_tuned_on": source.name, **result.record["settings"]})
+    elif save_weights_to is not None:
+        say(f"no network was trained: {save_weights_to} is not written")
     clipped = f", {written.clipped_voxels} voxels clipped to the range of {stack.dtype}" * bool(written.clipped_voxels)
     say(f"{source.name}: written to {target} in {(time.monotonic() - started) / 60:.1f} min{clipped}")
+
+
+def _check_files(paths: list[Path], overwrite: bool) -> None:
+    """Find out before an hour of work whether what goes beside a stack can be written."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path}: it exists. Choose another name, or replace it with --overwrite.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError(f"{path}: it cannot be written. Name a file in a folder that may be written to.")
 
 
 def _readable(stack: TiffStack) -> Any:

@@ -74,8 +74,9 @@ def challenge(
     if time_limit <= 0:
         return _refuse(ValueError(f"--time-limit must be more than 0 minutes, got {time_limit:g}"))
     # Imported here: --help and bad arguments answer without torch.
-    from restormer3d.challenge.job import FAILURES, load, one_line, run_job
+    from restormer3d.challenge.job import load, one_line, run_job
     from restormer3d.challenge.server import serve
+    from restormer3d.workflow import FAILURES
 
     if method == "invoke":
         return serve(

@@ -17,10 +17,10 @@ import torch
 
 from restormer3d.arithmetic import torch_device
 from restormer3d.challenge.images import denoised_mha, set_resolution_unit
-from restormer3d.checkpoint import shipped_weights
+from restormer3d.checkpoint import SMALL_NETWORKS, shipped_weights
 from restormer3d.settings import Pretrained, Settings, build_model, settings
 from restormer3d.sidecar import weights_record
-from restormer3d.workflow import denoise_files
+from restormer3d.workflow import FAILURES, denoise_files, share_of_time
 
 Say = Callable[[str], None]
 Watch = Callable[[str, int, int], None]
@@ -29,9 +29,6 @@ INPUT_SOCKET = "stacked-neuron-images-with-noise"
 OUTPUT_SOCKET = "stacked-neuron-images-with-reduced-noise"
 SUFFIXES = (".tif", ".tiff", ".mha")
 RECORDS = "restormer3d"  # folder in the output folder; a socket's own folder may hold nothing but images
-
-# What one stack may run into without taking the others along.
-FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
 
 _TARDINESS = 0.1  # share of a time limit by which the network may end late before it is given up
 _EVIDENCE = 0.02  # share of a time limit after which the pace of a stage counts
@@ -85,8 +82,12 @@ def load(model: Path, iterations: int | None, config: Path | None, say: Say, war
 
 
 def find_weights(model: Path) -> Path | None:
-    """Return the first weights file by name in a folder or below it, where the platform unpacks the model's tarball."""
-    found = (path for path in model.rglob("*.safetensors") if path.is_file() and not path.name.startswith("."))
+    """Return the first weights file by name in a folder or below it, where the platform unpacks the model's tarball.
+
+    Those of the small networks are in the package, and left aside here.
+    """
+    files = (path for path in model.rglob("*.safetensors") if path.is_file() and not path.name.startswith("."))
+    found = (path for path in files if path.name not in SMALL_NETWORKS)
     return min(found, key=lambda path: (path.name, path), default=None)
 
 
@@ -123,8 +124,7 @@ def run_job(
     deadline = started + 60 * minutes
     for number, source in enumerate(sources):
         try:
-            sizes = [path.stat().st_size for path in sources[number:]]
-            seconds = (deadline - time.monotonic()) * max(1, sizes[0]) / max(1, sum(sizes))
+            seconds = share_of_time(sources[number:], deadline)
             denoise_one(loaded, source, output_folder, seconds, say)
         except FAILURES as error:
             failures[source.name] = one_line(error)

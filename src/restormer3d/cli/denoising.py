@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from restormer3d.cli.terminal import Engines, Methods, Precisions, app, progress_bars, refuse, say, set_threads
+from restormer3d.cli.terminal import answering, app, progress_bars, refuse, say
+from restormer3d.config import Engine, Method, Precision
+from restormer3d.threads import set_threads
 
 
 @app.command
@@ -18,7 +20,7 @@ def denoise(
     *,
     output: Annotated[Path, Parameter(alias="-o")],
     recipe: Literal["default", "published"] = "default",
-    method: Methods = "restormer3d",
+    method: Method = "restormer3d",
     weights: str | None = None,
     iterations: int | None = None,
     batch_size: int | None = None,
@@ -29,8 +31,8 @@ def denoise(
     symmetries: Literal[1, 4, 8] | None = None,
     sigma: Annotated[tuple[float, float] | None, Parameter(negative="")] = None,
     device: str = "auto",
-    engine: Engines = "auto",
-    precision: Precisions = "fp32",
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
     threads: int | None = None,
     time_limit: float | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
@@ -46,11 +48,14 @@ def denoise(
     output
         A folder that receives a file of each input's name; with one stack it may be a file name.
     recipe
-        "default" measured best; "published" is the published algorithm to the letter.
+        "default" measured best; "published" is the published algorithm to the letter, which needs a GPU and weights
+        that were trained for long to be worth it.
     method
         The network, or one of the plain filters it has to beat (seconds instead of minutes).
     weights
-        A weights file to start from, or "none" to train from scratch. By default the pretrained weights.
+        A weights file to start from, or "none" to train from scratch; or a folder with weights of any of the networks
+        under the names that they have in the package (such as courses.safetensors). By default the pretrained weights;
+        with --recipe published none.
     iterations
         Most Noise2Void iterations on each stack; the default recipe ends where held-out voxels gain no more.
     batch_size
@@ -72,18 +77,19 @@ def denoise(
     engine
         What computes the slow operators: by default the one made for the device; "reference" is plain PyTorch.
     precision
-        Of the network's arithmetic. "tf32" (NVIDIA GPUs, else it changes nothing) and "bf16" (not with the CPU engine)
-        are faster; docs/speed.md has what they cost in quality.
+        Of the network's arithmetic. "tf32" is faster on NVIDIA GPUs and changes nothing elsewhere; "bf16" is not for
+        the CPU engine. docs/speed.md has what they cost in quality. The small networks compute in float32 in any case.
     threads
         CPU threads; by default all cores.
     time_limit
-        Minutes for all stacks together: iterations and overlap are reduced to end in time.
+        Minutes for all stacks together: iterations and overlap are reduced to end in time. A stack for which they
+        suffice for no network is denoised with the Gaussian filter, which is said.
     overwrite
-        Replace existing outputs.
+        Replace existing outputs, sidecars and weights.
     save_weights
         Keep the weights trained on the stack (one stack only).
     config
-        TOML file with tables [model], [training], [inference].
+        TOML file with tables [model], [training], [inference]; their keys are listed in docs/config.md.
     """
     try:
         from restormer3d.arithmetic import torch_device, usable
@@ -93,6 +99,11 @@ def denoise(
         set_threads(threads)
         on = torch_device(device)
         output_files(stacks, output)
+        network_only = {"--weights": weights, "--iterations": iterations, "--save-weights": save_weights}
+        if method != "restormer3d" and (given := [name for name, value in network_only.items() if value is not None]):
+            raise ValueError(f"{', '.join(given)}: of the network, but --method {method} is a filter")
+        if sigma is not None and method in ("temporal-mean", "svd"):
+            raise ValueError(f"--sigma is for the Gaussian filter, not for --method {method}")
         if save_weights is not None and len(stacks) > 1:
             raise ValueError("--save-weights keeps the weights of one stack: give one stack")
         if time_limit is not None and time_limit <= 0:
@@ -146,7 +157,7 @@ def inspect(stack: Path) -> int:
 
     try:
         facts = inspect(stack)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         say(f"failed: {error}")
         return 1
     Console(highlight=False, soft_wrap=True).print(describe(facts), markup=False)
@@ -154,7 +165,8 @@ def inspect(stack: Path) -> int:
 
 
 @app.command
-def demo(*, output: Annotated[Path, Parameter(alias="-o")] = Path("demo"), minutes: float = 4.0) -> int:
+@answering
+def demo(*, output: Annotated[Path, Parameter(alias="-o")] = Path("demo"), minutes: float = 4.0) -> None:
     """Denoise a small real recording that ships with the package, and draw it before and after.
 
     Parameters
@@ -168,4 +180,3 @@ def demo(*, output: Annotated[Path, Parameter(alias="-o")] = Path("demo"), minut
 
     with progress_bars() as progress:
         demo(output, minutes=minutes, progress=progress, say=say)
-    return 0

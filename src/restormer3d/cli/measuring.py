@@ -8,16 +8,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from restormer3d.cli.terminal import (
-    Engines,
-    Methods,
-    Precisions,
-    answering,
-    app,
-    progress_bars,
-    refuse,
-    say,
-)
+from restormer3d.cli.terminal import answering, app, progress_bars, refuse, say
+from restormer3d.config import Engine, Method, Precision
 
 
 @app.command
@@ -31,12 +23,12 @@ def evaluate(
     masks: Path | None = None,
     frame_rate_hz: float = 30.0,
     real: Annotated[bool, Parameter(negative="")] = False,
-    methods: Annotated[list[Methods] | None, Parameter(negative="", consume_multiple=True)] = None,
+    methods: Annotated[list[Method] | None, Parameter(negative="", consume_multiple=True)] = None,
     iterations: int | None = None,
     blind_spot: str | None = None,
     device: str = "auto",
-    engine: Engines = "auto",
-    precision: Precisions = "fp32",
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
     time_limit: float | None = None,
     json: Path | None = None,
 ) -> int:
@@ -84,6 +76,8 @@ def evaluate(
     try:
         if real and noisy_stack is None:
             raise ValueError("--real needs the recording: evaluate --real STACK")
+        if noisy_stack is not None and not real:
+            raise ValueError(f"{noisy_stack}: give it as --noisy, or --real for a recording without a clean stack")
         if not real and (clean is None or denoised is None):
             raise ValueError("give --clean and --denoised, or --real and a recording")
         chosen = settings(iterations=iterations, blind_spot=blind_spot, engine=engine, precision=precision)
@@ -105,12 +99,12 @@ def evaluate(
             assert clean is not None
             assert denoised is not None
             scores = evaluate(denoised, clean=clean, noisy=noisy, masks=masks, frame_rate_hz=frame_rate_hz)
+        _print_scores(scores)
+        if json is not None:
+            write_json(json, scores)
     except (OSError, ValueError, RuntimeError) as error:
         say(f"failed: {error}")
         return 1
-    if json is not None:
-        write_json(json, scores)
-    _print_scores(scores)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Literal, ParamSpec
+from typing import ParamSpec
 
 from cyclopts import App
 from rich.console import Console
@@ -17,10 +17,6 @@ app = App(
 )
 
 _Arguments = ParamSpec("_Arguments")
-
-Methods = Literal["restormer3d", "gaussian", "temporal-mean", "svd"]
-Engines = Literal["auto", "reference", "cpu", "cuda"]
-Precisions = Literal["fp32", "tf32", "bf16"]
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _STAGES = {"check": "reading", "train": "training", "denoise": "denoising", "svd": "denoising"}
@@ -52,17 +48,6 @@ def answering(command: Callable[_Arguments, None]) -> Callable[_Arguments, int]:
         return 0
 
     return answer
-
-
-def set_threads(threads: int | None) -> None:
-    """Use so many CPU threads; None leaves all cores."""
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from restormer3d.cli.terminal import Engines, Precisions, answering, app, progress_bars, say, set_threads
+from restormer3d.cli.terminal import answering, app, progress_bars, say
+from restormer3d.config import Engine, Precision
+from restormer3d.threads import set_threads
 
 
 @app.command
@@ -25,8 +27,8 @@ def pretrain(
     seed: int | None = None,
     weights: Path | None = None,
     device: str = "auto",
-    engine: Engines = "auto",
-    precision: Precisions = "fp32",
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
     threads: int | None = None,
     workers: int = 0,
     save_every: int = 500,
@@ -183,7 +185,7 @@ def pretrain_activity(
     scenes: int = 1000,
     seed: int = 1,
     device: str = "cpu",
-    precision: Precisions = "fp32",
+    precision: Precision = "fp32",
     widths: Annotated[tuple[int, int, int], Parameter(negative="")] = (32, 64, 128),
     batch_size: int = 8,
     workers: int = 0,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restormer3d.stacks.chain import StackError
+from restormer3d.stacks.layout import DTYPES
 
 CHECK_BYTES = 2**25  # read at once
 
@@ -44,9 +45,20 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     Raises
     ------
     StackError
-        A frame that can't be decoded, a voxel that is not finite, or the same value everywhere.
+        Not three axes, another dtype than a TIFF stack may have, a frame that can't be decoded, a voxel that is not
+        finite, or the same value everywhere.
     """
     name = getattr(stack, "path", "the array")
+    if len(stack.shape) != 3:
+        raise StackError(
+            f"{name}: expected three axes (T, H, W), got the shape {tuple(stack.shape)}. Denoise channels and planes "
+            "one by one, such as stack[:, 0]."
+        )
+    if np.dtype(stack.dtype).name not in DTYPES:
+        raise StackError(
+            f"{name}: expected one of {', '.join(DTYPES)}, got {np.dtype(stack.dtype)}. Convert it first, such as "
+            "stack.astype(np.float32)."
+        )
     little = np.dtype(stack.dtype).newbyteorder("<")
     if 0 in stack.shape:
         raise StackError(f"{name}: the stack is empty: its shape is {tuple(stack.shape)}.")

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from restormer3d.stacks.chain import StackError, damaged, page_chain
 from restormer3d.stacks.layout import TIFF_FAILURES, Layout, forget_series, open_tiff, read_layout
+from restormer3d.threads import thread_count
 
 MAPPED_BYTES = 2**26  # mapped at once: pages of a mapped file count as memory of the process
 DECODED_BYTES = 2**28  # decoded frames kept, so that random patches of a compressed file don't decode it each time
-DECODING_THREADS = min(8, os.cpu_count() or 1)
+_MOST_THREADS = 8  # that decode
 
 Index = int | slice
 
@@ -185,7 +186,7 @@ class TiffStack:
             for position in range(len(frames)):
                 fill(position)
             return
-        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        with ThreadPoolExecutor(min(_MOST_THREADS, thread_count())) as pool:
             for _ in pool.map(fill, range(len(frames))):
                 pass
 
