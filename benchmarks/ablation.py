@@ -25,7 +25,7 @@ from restormer3d.checkpoint import file_sha256
 from restormer3d.denoising import denoise_array
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.settings import Pretrained, Settings, build_model, settings
-from restormer3d.sidecar import weights_record
+from restormer3d.sidecar import networks_record, weights_record
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 
 BEGIN = "<!-- ablation table: begin (written by benchmarks.ablation --write; edit nothing here by hand) -->"
@@ -128,7 +128,7 @@ def _cell(scene: Any, level: int, chosen: Settings, network: bool, folder: Path)
     """Denoise the scene at a noise level and score it, unless that was done before."""
     assert chosen.weights is not None
     key = [scene.shape, level, network, chosen.training.model_dump(), chosen.inference.model_dump()]
-    text = json.dumps([*key, file_sha256(chosen.weights)])
+    text = json.dumps([*key, file_sha256(chosen.weights), networks_record(chosen)])
     path = folder / f"level{level}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if path.exists():
         return json.loads(path.read_text())

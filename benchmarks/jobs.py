@@ -107,7 +107,7 @@ def _network(name: str, options: Options) -> dict[str, Any]:
     """Arguments for `settings.settings` with device and time limit, and the settings that come out of them."""
     from restormer3d.checkpoint import shipped_weights
     from restormer3d.settings import settings
-    from restormer3d.sidecar import weights_record
+    from restormer3d.sidecar import networks_record, weights_record
 
     differs = METHODS[name].differs
     weights = str(options.weights or shipped_weights() or "none")
@@ -124,7 +124,7 @@ def _network(name: str, options: Options) -> dict[str, Any]:
     } | differs
     chosen = settings(**arguments)
     resolved = {part: getattr(chosen, part).model_dump(mode="json") for part in ("model", "training", "inference")}
-    resolved["weights"] = weights_record(chosen)
+    resolved |= {"weights": weights_record(chosen)} | networks_record(chosen)
     where = {"device": options.device, "time_limit": options.time_limit}
     return {"arguments": arguments | where, "settings": resolved | where}
 

@@ -152,7 +152,7 @@ class InferenceConfig(_Config):
     ----------
     window : tuple of int
         Frames, rows and columns of a window. That of the training patches with `start="input"`, for attention pools
-        over it; wider with "filters", which reach further than a patch (docs/quality.md has the difference).
+        over it; wider with "filters", which reach further than a patch and are computed in fewer, larger pieces.
     stretch : float
         An axis of a stack at most this many times as long as the window is taken as a whole.
     overlap_t, overlap_xy : float

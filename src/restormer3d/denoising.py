@@ -16,15 +16,7 @@ import torch
 
 from restormer3d.arithmetic import float64_device, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.checkpoint import (
-    COURSE_WEIGHTS,
-    FOOTPRINT_WEIGHTS,
-    IMAGE_WEIGHTS,
-    course_network,
-    footprint_network,
-    image_network,
-    network_file,
-)
+from restormer3d.checkpoint import course_network, footprint_network, image_network
 from restormer3d.components import (
     LEAST_FRAMES,
     AddedNoise,
@@ -45,7 +37,7 @@ from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
-from restormer3d.sidecar import file_record, network_record, weights_record
+from restormer3d.sidecar import network_record, networks_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
 from restormer3d.stimulus_light import put_back, take_light_away
@@ -239,11 +231,10 @@ def _denoised_frames(
         frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()))
     if static is not None and parts.static_image:
         frames = _with_static_image(frames, denoise, source, static)
-    done = {"components": added is not None}
-    names = {"footprints": FOOTPRINT_WEIGHTS, "courses": COURSE_WEIGHTS, "static_image": IMAGE_WEIGHTS}
-    used = [*steps, "static_image"] if static is not None and parts.static_image else list(steps)
-    files = {name: network_file(names[name], chosen.networks) if name in used else None for name in names}
-    return frames, done | {name: file and file_record(file) for name, file in files.items()}
+    done = {*steps, "static_image"} if static is not None and parts.static_image else set(steps)
+    asked = networks_record(chosen)
+    networks = {step: asked[step] if step in done else None for step in ("footprints", "courses", "static_image")}
+    return frames, {"components": added is not None} | networks
 
 
 def _activity_steps(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from restormer3d import ops
-from restormer3d.checkpoint import file_sha256
+from restormer3d.checkpoint import COURSE_WEIGHTS, FOOTPRINT_WEIGHTS, IMAGE_WEIGHTS, file_sha256, network_file
 from restormer3d.config import Precision
 from restormer3d.patches import TrainingStack
 from restormer3d.settings import Settings
@@ -132,6 +132,13 @@ def weights_record(chosen: Settings) -> dict[str, Any] | None:
     if chosen.weights is None:
         return None
     return file_record(chosen.weights)
+
+
+def networks_record(chosen: Settings) -> dict[str, dict[str, Any]]:
+    """Names and hashes of the weights of the small networks that the settings ask for, by step."""
+    steps = {"footprints": FOOTPRINT_WEIGHTS, "courses": COURSE_WEIGHTS, "static_image": IMAGE_WEIGHTS}
+    asked = {step: name for step, name in steps.items() if getattr(chosen.inference, step)}
+    return {step: file_record(network_file(name, chosen.networks)) for step, name in asked.items()}
 
 
 def file_record(path: Path) -> dict[str, Any]:

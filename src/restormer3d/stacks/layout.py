@@ -45,7 +45,6 @@ class Layout:
     shape : (T, H, W)
     dtype : native byte order.
     axes : the axes as the file names them, without those of size one, such as "TYX" or "ZYX".
-    file_axes, file_shape : the same with the axes of size one.
     kind : the dialect by tifffile's name: "imagej", "ome", "shaped", "uniform", ...
     note : what a user should know about how the file was understood; empty if nothing.
     joined : the file holds many separate images, one after the other, not one series.
@@ -57,8 +56,6 @@ class Layout:
     shape: tuple[int, int, int]
     dtype: np.dtype
     axes: str
-    file_axes: str
-    file_shape: tuple[int, ...]
     kind: str
     note: str
     joined: bool
@@ -122,8 +119,6 @@ def read_layout(tif: tifffile.TiffFile, path: Path, chain: PageChain) -> Layout:
         shape=shape,
         dtype=dtype,
         axes=time_axis + "YX",
-        file_axes=frames.axes,
-        file_shape=frames.sizes,
         kind=frames.kind,
         note="; ".join(filter(None, (frames.note, note))),
         joined=frames.joined,
