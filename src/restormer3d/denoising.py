@@ -41,9 +41,8 @@ from restormer3d.sidecar import network_record, networks_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
 from restormer3d.stimulus_light import put_back, take_light_away
-from restormer3d.training import fit
+from restormer3d.training import Progress, fit
 
-Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
 _ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes

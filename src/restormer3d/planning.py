@@ -34,6 +34,7 @@ _VOXEL_BYTES = 200  # that the default network computes a voxel of a large windo
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 _STATIC_IMAGE = 16.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
 _FOOTPRINTS = 170.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
+_COURSES = 0.07  # time for courses, relative to the network's for as many voxels
 _FIELDS = 0.1  # time to take fields apart, for footprints and for courses, relative to the network's for as many voxels
 _COMPONENTS = 0.7  # time to take a stack apart into components, relative to the network's for as many voxels
 
@@ -158,6 +159,7 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     if inference.components and depth >= FIELD_FRAMES:
         chunks = len(window_starts(shape[0], depth, CHUNK_OVERLAP))
         voxels = inference.footprints * _FOOTPRINTS + (inference.footprints + inference.courses) * _FIELDS * depth
+        voxels += inference.courses * _COURSES * depth
         windows += voxels * chunks * math.prod(shape[1:]) / math.prod(window)
     if inference.static_image or inference.footprints:
         windows += _STATIC_IMAGE * math.prod(shape[1:]) / math.prod(window)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from restormer3d.cli.terminal import answering, app, progress_bars, refuse, say
 from restormer3d.config import Engine, Method, Precision
+from restormer3d.threads import set_threads
 
 
 @app.command
@@ -29,6 +30,7 @@ def evaluate(
     device: str = "auto",
     engine: Engine = "auto",
     precision: Precision = "fp32",
+    threads: int | None = None,
     time_limit: float | None = None,
     json: Path | None = None,
 ) -> int:
@@ -65,6 +67,8 @@ def evaluate(
         What computes the slow operators; by default the one of the device.
     precision
         Of the network's arithmetic.
+    threads
+        CPU threads; by default all cores.
     time_limit
         With --real: minutes for each denoising.
     json
@@ -74,6 +78,7 @@ def evaluate(
     from restormer3d.settings import settings
 
     try:
+        set_threads(threads)
         if real and noisy_stack is None:
             raise ValueError("--real needs the recording: evaluate --real STACK")
         if noisy_stack is not None and not real:
