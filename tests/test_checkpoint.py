@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from restormer3d.checkpoint import CheckpointError, load_state, load_weights, save_weights, weights_notes
+from restormer3d.checkpoint import (
+    COURSE_WEIGHTS,
+    CheckpointError,
+    course_network,
+    load_state,
+    load_weights,
+    save_unet,
+    save_weights,
+    shipped_file,
+    weights_notes,
+)
+from restormer3d.unets import CourseNetwork
 
 from .conftest import background_of
 
@@ -57,3 +71,13 @@ def test_a_broken_training_state_is_named(tmp_path):
     with pytest.raises((CheckpointError, OSError)) as caught:
         load_state(path)
     assert "state.pt" in str(caught.value)
+
+
+def test_a_network_s_file_is_read_again_when_it_has_changed(tmp_path):
+    file = Path(shutil.copy(shipped_file(COURSE_WEIGHTS), tmp_path))
+    first = course_network(tmp_path)
+    assert course_network(tmp_path) is first
+    changed = CourseNetwork((4, 8, 16))
+    save_unet(file, changed, {})
+    again = course_network(tmp_path)
+    assert torch.equal(again.output.weight, changed.output.weight)

@@ -69,6 +69,9 @@ def test_a_folder_may_hold_weights_of_any_network(tmp_path):
     assert network_file(COURSE_WEIGHTS, chosen.networks) == tmp_path / COURSE_WEIGHTS
     assert network_file(FOOTPRINT_WEIGHTS, chosen.networks) == shipped_file(FOOTPRINT_WEIGHTS)
     assert settings("published", weights=tmp_path).weights is None
+    shutil.copy(shipped_file(FOOTPRINT_WEIGHTS), tmp_path / COURSE_WEIGHTS)
+    with pytest.raises(ValueError, match=r"courses.safetensors: expected weights that .*pretrain-activity"):
+        settings(weights=tmp_path)
     (tmp_path / COURSE_WEIGHTS).unlink()
     with pytest.raises(ValueError, match="a folder with any of"):
         settings(weights=tmp_path)

@@ -167,8 +167,13 @@ def course_network(folder: Path | None = None) -> CourseNetwork:
     return _read_once(network_file(COURSE_WEIGHTS, folder), CourseNetwork)
 
 
-@lru_cache(maxsize=len(SMALL_NETWORKS))
 def _read_once(path: Path, kind: Callable[[tuple[int, int, int]], AnyUNet]) -> AnyUNet:
+    """Read a network once, and again when its file has changed."""
+    return _read(path, path.stat().st_mtime_ns, kind)
+
+
+@lru_cache(maxsize=len(SMALL_NETWORKS))
+def _read(path: Path, _: int, kind: Callable[[tuple[int, int, int]], AnyUNet]) -> AnyUNet:
     return load_unet(path, kind)
 
 

@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
-from restormer3d.checkpoint import SHIPPED_WEIGHTS, SMALL_NETWORKS, load_weights, shipped_weights
+from restormer3d.checkpoint import (
+    SHIPPED_WEIGHTS,
+    SMALL_NETWORKS,
+    course_network,
+    footprint_network,
+    image_network,
+    load_weights,
+    shipped_weights,
+)
 from restormer3d.config import Engine, InferenceConfig, ModelConfig, Precision, Recipe, TrainingConfig, recipe
 from restormer3d.model import Restormer3D
 
@@ -242,6 +250,8 @@ def _weights_files(recipe_name: Recipe, weights: str | Path | None) -> tuple[Pat
     found = [name for name in names if (Path(weights) / name).is_file()]
     if not found:
         raise ValueError(f"{weights}: expected a weights file, or a folder with any of {', '.join(names)}")
+    for network in (image_network, footprint_network, course_network):
+        network(Path(weights))  # what cannot be read is refused here, not after training
     return (Path(weights) / SHIPPED_WEIGHTS if SHIPPED_WEIGHTS in found else usual), Path(weights)
 
 

@@ -269,6 +269,8 @@ def _reason(source: Path, error: Exception) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         text = f"not enough memory ({text}); try --batch-size 1, a smaller --patch, or --device cpu"
+    if not isinstance(error, (OSError, ValueError, RuntimeError, MemoryError)):
+        text = f"{type(error).__name__}: {text}; this is a fault of restormer3d, please report it"
     return text if source.name in text else f"{source}: {text}"
 
 
