@@ -82,8 +82,9 @@ def sparse_footprints(denoised: Tensor, most: int = MOST) -> Tensor:
     footprints = components.double()
     turn = torch.eye(footprints.shape[2], dtype=torch.float64, device=footprints.device).expand(len(footprints), -1, -1)
     for _ in range(_TURNS):
-        left, _, right = torch.linalg.svd(footprints.mT @ (footprints @ turn).pow(3))
-        turn = left @ right
+        # A GPU takes longer for matrices this small.
+        left, _, right = torch.linalg.svd((footprints.mT @ (footprints @ turn).pow(3)).cpu())
+        turn = (left @ right).to(footprints)
     turned = footprints @ turn
     return (turned * turned.pow(3).sum(1, keepdim=True).sign()).float()
 
