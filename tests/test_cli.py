@@ -176,12 +176,20 @@ def test_what_was_said_stands_in_the_sidecar(noisy_file, quick, tmp_path, capsys
     assert all(text in said for text in messages)
 
 
-@pytest.mark.parametrize(
-    "options", [["--weights", "none"], ["--save-weights", "a.safetensors"], ["--sigma", 1, 1]], ids=lambda o: o[0]
-)
-def test_a_filter_takes_nothing_of_the_network_s(noisy_file, tmp_path, capsys, options):
-    assert run("denoise", noisy_file, "-o", tmp_path / "out.tif", "--method", "svd", *options) == 2
-    assert options[0] in capsys.readouterr().err
+def test_a_filter_has_no_weights_to_save(noisy_file, tmp_path, capsys):
+    weights = tmp_path / "a.safetensors"
+    assert run("denoise", noisy_file, "-o", tmp_path / "out.tif", "--method", "svd", "--save-weights", weights) == 2
+    assert "--save-weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out.tif", "out.tif.json", "noisy"])
+def test_weights_take_the_place_of_no_recording(noisy_file, quick, tmp_path, name, capsys):
+    weights = noisy_file if name == "noisy" else tmp_path / name
+    before = noisy_file.read_bytes()
+    options = ["--save-weights", weights, "--overwrite", *quick]
+    assert run("denoise", noisy_file, "-o", tmp_path / "out.tif", *options) == 1
+    assert noisy_file.read_bytes() == before
+    assert "the recording or its result" in capsys.readouterr().err
 
 
 def test_weights_are_saved_and_start_the_next_stack(noisy_file, quick, tmp_path):

@@ -46,6 +46,7 @@ def test_arguments_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
         ("[training]\nlearnig_rate = 1\n", "did you mean learning_rate"),
         ("[colors]\na = 1\n", "colors"),
         ("not toml", "TOML"),
+        ("training = 3\n", "expected tables"),
         ("[training]\niterations = 'many'\n", "iterations"),
         ("[model]\nheads = [3, 3, 3, 3]\n", "heads"),
     ],
@@ -68,7 +69,10 @@ def test_a_folder_may_hold_weights_of_any_network(tmp_path):
     assert chosen.weights == shipped_file(SHIPPED_WEIGHTS)
     assert network_file(COURSE_WEIGHTS, chosen.networks) == tmp_path / COURSE_WEIGHTS
     assert network_file(FOOTPRINT_WEIGHTS, chosen.networks) == shipped_file(FOOTPRINT_WEIGHTS)
-    assert settings("published", weights=tmp_path).weights is None
+    with pytest.raises(ValueError, match="none of their steps"):
+        settings("published", weights=tmp_path)
+    with pytest.raises(ValueError, match=f"--weights {tmp_path}"):
+        settings(weights=tmp_path / COURSE_WEIGHTS)
     shutil.copy(shipped_file(FOOTPRINT_WEIGHTS), tmp_path / COURSE_WEIGHTS)
     with pytest.raises(ValueError, match=r"courses.safetensors: expected weights that .*pretrain-activity"):
         settings(weights=tmp_path)
@@ -81,7 +85,9 @@ def test_every_setting_has_its_line_in_the_docs():
     lines = (Path(__file__).parents[1] / "docs" / "config.md").read_text().splitlines()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:4]] for line in lines if line.startswith("| `")]
     expected = []
-    for default, published in zip(*(recipe(name, pretrained=True) for name in ("default", "published")), strict=True):
+    for default, published in zip(
+        recipe("default", pretrained=True), recipe("published", pretrained=False), strict=True
+    ):
         values = published.model_dump(mode="json")
         expected += [
             [key, json.dumps(value), json.dumps(values[key])] for key, value in default.model_dump(mode="json").items()

@@ -608,7 +608,7 @@ def test_check_of_arrays():
         (np.eye(5), r"\(T, H, W\)"),
         (np.zeros((3, 2, 5, 5)), r"stack\[:, 0\]"),
         (np.eye(5)[None] > 0, "astype"),
-        (np.arange(8).reshape(2, 2, 2), "got int64"),
+        (np.full((2, 2, 2), 1j), "got complex128"),
     ],
 )
 def test_an_array_that_is_no_stack_is_refused_before_anything_is_computed(array, reason):

@@ -82,7 +82,7 @@ def sparse_footprints(denoised: Tensor, most: int = MOST) -> Tensor:
     footprints = components.double()
     turn = torch.eye(footprints.shape[2], dtype=torch.float64, device=footprints.device).expand(len(footprints), -1, -1)
     for _ in range(_TURNS):
-        # A GPU takes longer for matrices this small.
+        # Not on a GPU, whose solver is made for larger matrices.
         left, _, right = torch.linalg.svd((footprints.mT @ (footprints @ turn).pow(3)).cpu())
         turn = (left @ right).to(footprints)
     turned = footprints @ turn

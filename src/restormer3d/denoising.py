@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -71,7 +70,12 @@ def silent(*_: Any) -> None:
     """Report nothing."""
 
 
-def denoise_array(
+def denoise_array(stack: Any, chosen: Settings, **options: Any) -> np.ndarray:
+    """Denoise a stack to an array: the first of what :func:`array_and_record` gives."""
+    return array_and_record(stack, chosen, **options)[0]
+
+
+def array_and_record(
     stack: Any,
     chosen: Settings,
     *,
@@ -81,25 +85,24 @@ def denoise_array(
     pretrained: Pretrained | None = None,
     progress: Progress = silent,
     say: Say = silent,
-) -> np.ndarray:
-    """Denoise a stack of shape (T, H, W) to an array; as :func:`restormer3d.workflow.denoise`, with `chosen` settings.
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Denoise a stack of shape (T, H, W) as :func:`restormer3d.workflow.denoise` does, with `chosen` settings.
 
-    `pretrained` are the weights of `chosen`, if the caller has read them already. Warns where the Gaussian filter
-    stands in for the network.
+    `pretrained` are the weights of `chosen`, if the caller has read them already.
+
+    Returns
+    -------
+    tuple of numpy.ndarray and dict
+        The denoised stack, of the same shape and dtype, and what was done, for a sidecar.
     """
     check_stack(stack)
     seconds = None if time_limit is None else 60 * time_limit
     output = np.empty(stack.shape, stack.dtype)
     with forced_engine(chosen.engine):  # frames are computed as they are asked for
         result = start_denoising(stack, chosen, method, torch_device(device), seconds, progress, say, pretrained)
-        if "instead_of_the_network" in result.record:
-            warnings.warn(
-                f"the time limit suffices for no network: the Gaussian filter stands in ({time_limit:g} minutes)",
-                stacklevel=3,
-            )
         for t, frame in enumerate(result.frames):
             output[t] = to_dtype(frame, stack.dtype)[0]
-    return output
+    return output, result.record
 
 
 def start_denoising(
@@ -121,7 +124,7 @@ def start_denoising(
     chosen : Settings
         Of the recipe; within `arithmetic.forced_engine` of its engine.
     method, pretrained, progress, say
-        As for :func:`denoise_array`.
+        As for :func:`array_and_record`.
     device : torch.device
         Where to compute.
     seconds : float or None

@@ -14,6 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from restormer3d.threads import limit_pools
+
 SPAWN = multiprocessing.get_context("spawn")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -63,5 +65,6 @@ def leave_ctrl_c_to_the_caller() -> None:
 def _begin(tell: Callable[..., Any] | None, *told: Any) -> None:
     leave_ctrl_c_to_the_caller()
     os.environ.update(dict.fromkeys(_THREADS, "1"))  # for one that was started late, by a task
+    limit_pools(1)
     if tell is not None:
         tell(*told)

@@ -157,6 +157,9 @@ def settings(
         if training.iterations == 0:
             raise ValueError("no weights and no iterations would leave the network untrained: give one of the two")
     inference = _changed(inference, file.get("inference", {}), windows)
+    steps = (inference.static_image, inference.footprints, inference.courses)
+    if networks is not None and source != networks / SHIPPED_WEIGHTS and not any(steps):
+        raise ValueError(f"{networks}: it holds weights of small networks, but none of their steps is switched on")
     return Settings(recipe_name, model, training, inference, source, networks, sigma, precision, engine)
 
 
@@ -178,6 +181,8 @@ def pretraining_settings(
     """
     file = _read_toml(config_file)
     model, training, _ = recipe(recipe_name, pretrained=False)
+    if "inference" in file:
+        raise ValueError(f"{config_file}: [inference] is for denoising; a pretraining takes [model] and [training]")
     page = {"batch_size": 4, "warmup_iterations": 2000, "iterations": 48_000, "weight_decay": 1e-5}
     page |= {"held_out": 0.0, "stop_early": False, "adapt_mixture": False}  # both belong to one stack
     page |= {"learning_rate": 3e-4, "loss": "l1"} if recipe_name == "published" else {"warmup_iterations": 0}
@@ -235,6 +240,8 @@ def _read_toml(path: str | Path | None) -> dict[str, Any]:
         raise ValueError(
             f"{path}: unknown {', '.join(sorted(unknown))}; expected the tables [model], [training] and [inference]"
         )
+    if flat := [name for name, table in tables.items() if not isinstance(table, dict)]:
+        raise ValueError(f"{path}: expected tables, such as [{flat[0]}] on a line of its own, got {flat[0]} = ...")
     return tables
 
 

@@ -16,12 +16,17 @@ def thread_count() -> int:
 
 def set_threads(count: int | None) -> None:
     """Compute on so many CPU threads from now on, PyTorch and the CPU engine included; None leaves it as it is."""
-    global _asked
     if count is None:
         return
     if count < 1:
         raise ValueError(f"--threads must be at least 1, got {count}")
     import torch
 
-    _asked = count
+    limit_pools(count)
     torch.set_num_threads(count)
+
+
+def limit_pools(count: int) -> None:
+    """Let pools of threads have so many from now on; PyTorch is not imported for it."""
+    global _asked
+    _asked = count

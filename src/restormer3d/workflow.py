@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 import time
+import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from restormer3d.arithmetic import forced_engine, torch_device
 from restormer3d.checkpoint import replacing, save_weights
 from restormer3d.config import Engine, Method, Precision, Recipe
-from restormer3d.denoising import Progress, Say, denoise_array, silent, start_denoising
+from restormer3d.denoising import Progress, Say, array_and_record, silent, start_denoising
 from restormer3d.settings import Pretrained, Settings, settings
 from restormer3d.sidecar import sidecar
 from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, write_stack
@@ -90,7 +92,7 @@ def denoise(
     Raises
     ------
     StackError
-        If the stack cannot be denoised: not (T, H, W), of another dtype than a TIFF stack's, constant, NaN, unreadable.
+        If the stack cannot be denoised: not (T, H, W), not numbers, constant, NaN, unreadable.
     ValueError
         If a setting is out of range.
     """
@@ -109,9 +111,12 @@ def denoise(
     )
     with nullcontext(stack) if isinstance(stack, np.ndarray) else open_stack(stack) as source:
         noisy = _readable(source) if isinstance(source, TiffStack) else source
-        return denoise_array(
+        denoised, record = array_and_record(
             noisy, chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
         )
+    if "instead_of_the_network" in record:
+        warnings.warn(f"{time_limit:g} minutes suffice for no network: the Gaussian filter stands in", stacklevel=2)
+    return denoised
 
 
 def denoise_files(
@@ -226,7 +231,9 @@ def _denoise_file(
     with open_stack(source) as stack, forced_engine(chosen.engine):
         check_output(target, stack.shape, stack.dtype, source=source, overwrite=overwrite)
         beside = target.with_name(target.name + ".json")
-        _check_files([beside] if save_weights_to is None else [beside, save_weights_to], overwrite)
+        _check_file(beside, overwrite, (source, target))
+        if save_weights_to is not None:
+            _check_file(save_weights_to, overwrite, (source, target, beside))
         tell(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
         check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]))
         remaining = None if seconds is None else seconds - (time.monotonic() - started)
@@ -245,14 +252,20 @@ def _denoise_file(
     say(f"{source.name}: written to {target} in {(time.monotonic() - started) / 60:.1f} min{clipped}")
 
 
-def _check_files(paths: list[Path], overwrite: bool) -> None:
-    """Find out before an hour of work whether what goes beside a stack can be written."""
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path}: it exists. Choose another name, or replace it with --overwrite.")
+def _check_file(path: Path, overwrite: bool, others: tuple[Path, ...]) -> None:
+    """Find out before an hour of work whether what goes beside a stack can be written, and overwrites nothing."""
+    if path.resolve() in [other.resolve() for other in others]:
+        raise ValueError(f"{path}: it is the recording or its result. Choose another name.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: it is a folder; name a file in it.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: it exists. Choose another name, or replace it with --overwrite.")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise OSError(f"{path}: it cannot be written. Name a file in a folder that may be written to.")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path}: it cannot be written ({error}). Name a file in a folder that can.") from error
 
 
 def _readable(stack: TiffStack) -> Any:
@@ -270,7 +283,8 @@ def _reason(source: Path, error: Exception) -> str:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         text = f"not enough memory ({text}); try --batch-size 1, a smaller --patch, or --device cpu"
     if not isinstance(error, (OSError, ValueError, RuntimeError, MemoryError)):
-        text = f"{type(error).__name__}: {text}; this is a fault of restormer3d, please report it"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {text}, in {where.filename}:{where.lineno}; please report it"
     return text if source.name in text else f"{source}: {text}"
 
 

@@ -71,7 +71,7 @@ def load(model: Path, iterations: int | None, config: Path | None, say: Say, war
     """
     weights = find_weights(model)
     if weights is None:
-        found = f"{model} holds no *.safetensors" if model.is_dir() else f"there is no folder {model}"
+        found = f"{model} holds no weights of Restormer3D" if model.is_dir() else f"there is no folder {model}"
         rest = "the weights in the package are used" if shipped_weights() else "training starts from scratch"
         warn(f"{found}: {rest}")
     chosen = settings(weights=weights, iterations=iterations, config_file=config)

@@ -51,7 +51,8 @@ def denoise(
         "default" measured best; "published" is the published algorithm to the letter, which needs a GPU and weights
         that were trained for long to be worth it.
     method
-        The network, or one of the plain filters it has to beat (seconds instead of minutes).
+        The network, or one of the plain filters it has to beat (seconds instead of minutes), which take no notice of
+        the network's options.
     weights
         A weights file to start from, or "none" to train from scratch; or a folder with weights of any of the networks
         under the names that they have in the package (such as courses.safetensors). By default the pretrained weights;
@@ -99,11 +100,8 @@ def denoise(
         set_threads(threads)
         on = torch_device(device)
         output_files(stacks, output)
-        network_only = {"--weights": weights, "--iterations": iterations, "--save-weights": save_weights}
-        if method != "restormer3d" and (given := [name for name, value in network_only.items() if value is not None]):
-            raise ValueError(f"{', '.join(given)}: of the network, but --method {method} is a filter")
-        if sigma is not None and method in ("temporal-mean", "svd"):
-            raise ValueError(f"--sigma is for the Gaussian filter, not for --method {method}")
+        if save_weights is not None and method != "restormer3d":
+            raise ValueError(f"--save-weights: --method {method} is a filter, which has none")
         if save_weights is not None and len(stacks) > 1:
             raise ValueError("--save-weights keeps the weights of one stack: give one stack")
         if time_limit is not None and time_limit <= 0:

@@ -172,5 +172,7 @@ def _print_scores(scores: dict[str, Any], indent: str = "") -> None:
         if isinstance(value, dict):
             out.print(f"{indent}{name}", markup=False)
             _print_scores(value, indent + "  ")
+        elif isinstance(value, str):
+            out.print(f"{indent}{name}: {value}", markup=False)
         elif isinstance(value, (int, float)):
             out.print(f"{indent}{name}: {value:.4g}", markup=False)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restormer3d.stacks.chain import StackError
-from restormer3d.stacks.layout import DTYPES
 
 CHECK_BYTES = 2**25  # read at once
 
@@ -45,8 +44,8 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     Raises
     ------
     StackError
-        Not three axes, another dtype than a TIFF stack may have, a frame that can't be decoded, a voxel that is not
-        finite, or the same value everywhere.
+        Not three axes, neither integers nor floats, a frame that can't be decoded, a voxel that is not finite, or the
+        same value everywhere.
     """
     name = getattr(stack, "path", "the array")
     if len(stack.shape) != 3:
@@ -54,10 +53,10 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
             f"{name}: expected three axes (T, H, W), got the shape {tuple(stack.shape)}. Denoise channels and planes "
             "one by one, such as stack[:, 0]."
         )
-    if np.dtype(stack.dtype).name not in DTYPES:
+    if np.dtype(stack.dtype).kind not in "iuf" or np.dtype(stack.dtype).itemsize > 8:
         raise StackError(
-            f"{name}: expected one of {', '.join(DTYPES)}, got {np.dtype(stack.dtype)}. Convert it first, such as "
-            "stack.astype(np.float32)."
+            f"{name}: expected integers or floats of at most 64 bits, got {np.dtype(stack.dtype)}. Convert it first, "
+            "such as stack.astype(np.float32)."
         )
     little = np.dtype(stack.dtype).newbyteorder("<")
     if 0 in stack.shape:
