@@ -22,7 +22,7 @@ from benchmarks.cells import write_json
 from benchmarks.jobs import without_folders
 from benchmarks.tables import level_head, publish
 from restormer3d.checkpoint import file_sha256
-from restormer3d.denoising import denoise_array
+from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.settings import Pretrained, Settings, build_model, settings
 from restormer3d.sidecar import networks_record, weights_record
@@ -138,7 +138,7 @@ def _cell(scene: Any, level: int, chosen: Settings, network: bool, folder: Path)
         torch.nn.init.zeros_(model.unet.output.weight)
     started = time.monotonic()
     pretrained = Pretrained(model, weights_record(chosen))
-    denoised = denoise_array(noisy, chosen, pretrained=pretrained)
+    denoised = array_and_record(noisy, chosen, pretrained=pretrained)[0]
     scores = evaluate_stacks(scene[:], denoised)
     cell = {name: scores[name] for name in ("stsnr", "activity_snr")} | {"seconds": time.monotonic() - started}
     write_json(path, cell | {"settings": text, "load": os.getloadavg()[0]})

@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter, shift, zoom
 
 from benchmarks.jobs import without_folders
 from benchmarks.tables import publish
-from restormer3d.denoising import denoise_array
+from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.settings import settings
 
@@ -307,7 +307,7 @@ def artefacts(
             continue
         clean, noisy = recording(name, shape)
         chosen = settings(iterations=iterations)
-        outputs = [denoise_array(noisy, chosen, method=method) for method in ("gaussian", "restormer3d")]
+        outputs = [array_and_record(noisy, chosen, method=method)[0] for method in ("gaussian", "restormer3d")]
         scores = [evaluate_stacks(clean, output) for output in outputs]
         both = [(score["stsnr"], score["activity_snr"]) for score in scores]
         cells = [f"{a:.2f} / {b:.2f}" for a, b in both]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from benchmarks.jobs import without_folders
 from benchmarks.tables import level_head, publish
 from restormer3d.config import Precision
-from restormer3d.denoising import denoise_array
+from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
@@ -111,7 +111,7 @@ def denoised(noisy: np.ndarray, name: Precision, iterations: int, device: str) -
     """Denoise a stack with the default recipe in the given arithmetic."""
     chosen = settings(iterations=iterations, precision=name, engine="reference")
     with RoundedProducts() if name == "tf32" and device == "cpu" else nullcontext():
-        return denoise_array(noisy, chosen, device=device)
+        return array_and_record(noisy, chosen, device=device)[0]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from benchmarks import artefacts, jobs, precision, quality, speed, speed_table
 from benchmarks.cells import truth_score
 from benchmarks.tables import markdown
 
-from restormer3d.denoising import denoise_array
+from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.settings import settings
 
@@ -239,5 +239,5 @@ def test_artefacts_differ(tmp_path):
     artefacts.artefacts(shape=(20, 16, 16), only=("vignetting",), write=document)
     row = next(line for line in document.read_text().splitlines() if line.startswith("| vignetting"))
     clean, noisy = artefacts.recording("vignetting", (20, 16, 16))
-    filtered = evaluate_stacks(clean, denoise_array(noisy, settings(iterations=0), method="gaussian"))
+    filtered = evaluate_stacks(clean, array_and_record(noisy, settings(iterations=0), method="gaussian")[0])
     assert row.split("|")[2].strip() == f"{filtered['stsnr']:.2f} / {filtered['activity_snr']:.2f}"

@@ -95,9 +95,9 @@ def load_weights(path: str | Path) -> Restormer3D:
         raise CheckpointError(
             f"{path}: expected a safetensors file written by restormer3d, found something else ({error})"
         ) from error
-    if "model_config" not in header and path.name in SMALL_NETWORKS:
-        raise CheckpointError(f"{path}: weights of a small network; give their folder: --weights {path.parent}")
     if "model_config" not in header:
+        if path.name in SMALL_NETWORKS:
+            raise CheckpointError(f"{path}: weights of a small network; give their folder: --weights {path.parent}")
         raise CheckpointError(
             f"{path}: a safetensors file, but of another program: its header has no model_config. "
             "Use weights that `restormer3d denoise --save-weights` or `restormer3d pretrain` wrote"

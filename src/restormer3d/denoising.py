@@ -70,11 +70,6 @@ def silent(*_: Any) -> None:
     """Report nothing."""
 
 
-def denoise_array(stack: Any, chosen: Settings, **options: Any) -> np.ndarray:
-    """Denoise a stack to an array: the first of what :func:`array_and_record` gives."""
-    return array_and_record(stack, chosen, **options)[0]
-
-
 def array_and_record(
     stack: Any,
     chosen: Settings,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 import traceback
 import warnings
@@ -22,7 +21,7 @@ from restormer3d.config import Engine, Method, Precision, Recipe
 from restormer3d.denoising import Progress, Say, array_and_record, silent, start_denoising
 from restormer3d.settings import Pretrained, Settings, settings
 from restormer3d.sidecar import sidecar
-from restormer3d.stacks import TiffStack, check_output, check_stack, open_stack, write_stack
+from restormer3d.stacks import TiffStack, check_folder, check_output, check_stack, open_stack, write_stack
 
 # What one stack may run into without taking the others along.
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
@@ -260,12 +259,7 @@ def _check_file(path: Path, overwrite: bool, others: tuple[Path, ...]) -> None:
         raise IsADirectoryError(f"{path}: it is a folder; name a file in it.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: it exists. Choose another name, or replace it with --overwrite.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"{path}: it cannot be written ({error}). Name a file in a folder that can.") from error
+    check_folder(path.parent)
 
 
 def _readable(stack: TiffStack) -> Any:

@@ -3,13 +3,14 @@
 from restormer3d.stacks.chain import StackError
 from restormer3d.stacks.check import StackCheck, check_stack
 from restormer3d.stacks.read import TiffStack, open_stack
-from restormer3d.stacks.write import WriteSummary, check_output, to_dtype, write_stack
+from restormer3d.stacks.write import WriteSummary, check_folder, check_output, to_dtype, write_stack
 
 __all__ = [
     "StackCheck",
     "StackError",
     "TiffStack",
     "WriteSummary",
+    "check_folder",
     "check_output",
     "check_stack",
     "open_stack",

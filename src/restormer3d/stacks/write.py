@@ -153,12 +153,16 @@ def check_output(
         raise StackError(f"{path}: the output is the input itself, which is never overwritten. Choose another name.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: the output exists. Choose another name, or replace it with --overwrite.")
-    needed = file_bytes(shape, dtype)
-    with _named_os_errors(path.parent, needed):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+    check_folder(path.parent, file_bytes(shape, dtype))
+
+
+def check_folder(folder: Path, needed: int = 0) -> None:
+    """Find out whether `needed` bytes can be written to a folder, and make it; an OSError says why not."""
+    with _named_os_errors(folder, needed):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
-        if shutil.disk_usage(path.parent).free < needed:
+        if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
