@@ -20,10 +20,9 @@ from restormer3d.activity_scenes import (
 from restormer3d.activity_training import draw_batch, pretrain_activity, validate_activity, with_other_noise
 from restormer3d.checkpoint import (
     CheckpointError,
-    course_network,
-    footprint_network,
     load_unet,
     save_state,
+    small_network,
 )
 from restormer3d.cli import app
 from restormer3d.unets import CourseNetwork, FootprintNetwork
@@ -139,9 +138,9 @@ def test_courses_are_cut_alike():
     lengths = set()
     for number in range(20):
         batch = draw_batch(quiet, 3, number, 4)
-        noisy, denoised, strength, told = batch.inputs
+        noisy, denoised, strength, weights = batch.inputs
         assert noisy.shape == denoised.shape == strength.shape == batch.target.shape
-        assert told.shape == (4, 6, 6)
+        assert weights.shape == (4, 6, 6)
         torch.testing.assert_close(noisy, denoised)
         assert float((batch.target - noisy).std()) == pytest.approx(1 / 8, rel=0.1)
         lengths.add(noisy.shape[2])
@@ -184,7 +183,7 @@ def test_scenes_are_prepared_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("simulated", "network", "gain"),
-    [(simulated_footprints, footprint_network, 0.3), (simulated_courses, course_network, 0.1)],
+    [(simulated_footprints, FootprintNetwork, 0.3), (simulated_courses, CourseNetwork, 0.1)],
 )
 def test_shipped_weights_denoise_scenes_of_another_seed(monkeypatch, simulated, network, gain):
     for name in ("_FOOTPRINT_FRAMES", "_COURSE_FRAMES"):
@@ -192,7 +191,7 @@ def test_shipped_weights_denoise_scenes_of_another_seed(monkeypatch, simulated, 
     monkeypatch.setattr(activity_scenes, "_USUAL", 1.0)
     scenes = [simulated(4321, number) for number in range(2)]
     assert all(scenes)
-    assert validate_activity(network(), scenes, CPU)["gain_db"] > gain
+    assert validate_activity(small_network(network), scenes, CPU)["gain_db"] > gain
 
 
 def test_it_refuses_what_it_cannot_do(what, folder):

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from restormer3d.checkpoint import (
     COURSE_WEIGHTS,
     CheckpointError,
-    course_network,
     load_state,
     load_weights,
     save_unet,
     save_weights,
     shipped_file,
+    small_network,
     weights_notes,
 )
 from restormer3d.unets import CourseNetwork
@@ -75,9 +75,9 @@ def test_a_broken_training_state_is_named(tmp_path):
 
 def test_a_network_s_file_is_read_again_when_it_has_changed(tmp_path):
     file = Path(shutil.copy(shipped_file(COURSE_WEIGHTS), tmp_path))
-    first = course_network(tmp_path)
-    assert course_network(tmp_path) is first
+    first = small_network(CourseNetwork, tmp_path)
+    assert small_network(CourseNetwork, tmp_path) is first
     changed = CourseNetwork((4, 8, 16))
     save_unet(file, changed, {})
-    again = course_network(tmp_path)
+    again = small_network(CourseNetwork, tmp_path)
     assert torch.equal(again.output.weight, changed.output.weight)

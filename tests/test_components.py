@@ -10,7 +10,8 @@ from restormer3d import components
 from restormer3d.arithmetic import torch_device
 from restormer3d.baselines import gaussian_frames
 from restormer3d.components import LEAST_FRAMES, AddedNoise, refine_by_components
-from restormer3d.denoising import silent, start_denoising
+from restormer3d.denoising import start_denoising
+from restormer3d.progress import silent
 from restormer3d.settings import settings
 
 from .conftest import blinking_cells, photons

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from restormer3d import fields
-from restormer3d.fields import change_fields, farther, followed, least_deviation
+from restormer3d.fields import change_fields, least_deviation, misfit, trust
 
 
 def stacks(shape, seed=0):
@@ -52,13 +52,13 @@ def test_deviations_of_pixels_without_noise():
 
 
 def test_where_frames_hold_other_noise_no_change_is_made():
-    torch.testing.assert_close(followed(torch.tensor([0.5, 1.5, 2.25, 3.0, 50.0])), torch.tensor([1, 1, 0.5, 0, 0]))
+    torch.testing.assert_close(trust(torch.tensor([0.5, 1.5, 2.25, 3.0, 50.0])), torch.tensor([1, 1, 0.5, 0, 0]))
 
 
 def test_farther_than_noise():
     """Not up to the noise; beyond it relative to what was there, which events may have left far away already."""
     noisy = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     zero = torch.zeros(1, 4)
-    assert float(farther(noisy, noisy, zero)) == 1
-    assert float(farther(noisy, zero, noisy + 3)) == 9
-    assert float(farther(noisy, noisy + 6, noisy + 3)) == 0.25
+    assert float(misfit(noisy, noisy, zero)) == 1
+    assert float(misfit(noisy, zero, noisy + 3)) == 9
+    assert float(misfit(noisy, noisy + 6, noisy + 3)) == 0.25

@@ -10,12 +10,14 @@ import torch
 
 from restormer3d.arithmetic import float32_products
 from restormer3d.baselines import gaussian_frames
-from restormer3d.checkpoint import footprint_network
-from restormer3d.denoising import silent, start_denoising
+from restormer3d.checkpoint import small_network
+from restormer3d.denoising import start_denoising
 from restormer3d.fields import FIELD_FRAMES
 from restormer3d.footprints import denoise_footprints, lag_one, noise_excess, take_apart
+from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
+from restormer3d.unets import FootprintNetwork
 
 from .conftest import blinking_cells
 
@@ -34,7 +36,7 @@ def refined(denoised, noisy, network=None, static=None, noise=None):
     noise = torch.from_numpy(np.random.default_rng(9).standard_normal(noisy.shape)).float() if noise is None else noise
     ones = torch.ones(noisy.shape[1:])
     static = noisy.mean(0) if static is None else static
-    return denoise_footprints(denoised, noisy, noise, ones, static, WHITE, network or footprint_network())
+    return denoise_footprints(denoised, noisy, noise, ones, static, WHITE, network or small_network(FootprintNetwork))
 
 
 def error(x, truth):
@@ -96,7 +98,7 @@ def test_pixels_without_noise_or_signal_do_no_harm():
     deviation = torch.ones(64, 64)
     deviation[:, :10] = 0
     noise = torch.from_numpy(np.random.default_rng(9).standard_normal(noisy.shape)).float() * deviation
-    out = denoise_footprints(denoised, noisy, noise, deviation, noisy.mean(0), WHITE, footprint_network())
+    out = denoise_footprints(denoised, noisy, noise, deviation, noisy.mean(0), WHITE, small_network(FootprintNetwork))
     assert error(out[:, :, 10:], clean[:, :, 10:]) < error(denoised[:, :, 10:], clean[:, :, 10:])
     assert float((out - 3)[:, :, :10].abs().max()) < 0.3
 

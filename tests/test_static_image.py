@@ -8,14 +8,16 @@ from scipy.ndimage import gaussian_filter
 
 from restormer3d import denoising, static_image
 from restormer3d.arithmetic import torch_device
-from restormer3d.checkpoint import image_network
-from restormer3d.denoising import silent, start_denoising
+from restormer3d.checkpoint import small_network
+from restormer3d.denoising import start_denoising
 from restormer3d.noise import NoiseEstimate, estimate_noise
+from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 from restormer3d.static_image import denoise_mean, restored, stabilized
+from restormer3d.unets import ImageNetwork
 
-NETWORK = image_network()
+NETWORK = small_network(ImageNetwork)
 WHITE = ((1.0,), (1.0,), (1.0,))
 
 

@@ -9,9 +9,10 @@ import pytest
 import tifffile
 import torch
 
-from restormer3d.denoising import silent, start_denoising
+from restormer3d.denoising import start_denoising
 from restormer3d.inspection import describe, inspect
 from restormer3d.noise import estimate_noise
+from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 from restormer3d.stimulus_light import WithoutLight, put_back, stimulus_light, unlit_frames

@@ -7,7 +7,7 @@ import torch
 
 from restormer3d import unets
 from restormer3d.arithmetic import float32_products
-from restormer3d.checkpoint import image_network, load_unet, replacing, save_unet
+from restormer3d.checkpoint import load_unet, replacing, save_unet, small_network
 from restormer3d.unets import ImageNetwork, denoise_image
 
 WHITE = (0.0, 0.0)
@@ -22,7 +22,7 @@ def noisy(height, width, seed=0):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20), (5, 9), (37, 50)])
 def test_any_shape(shape):
     _, image = noisy(*shape)
-    out = denoise_image(image_network(), image, WHITE)
+    out = denoise_image(small_network(ImageNetwork), image, WHITE)
     assert out.shape == shape
     assert out.dtype == torch.float64
     assert out.isfinite().all()
@@ -30,16 +30,18 @@ def test_any_shape(shape):
 
 def test_noise_falls_and_an_offset_changes_nothing():
     clean, image = noisy(64, 64)
-    out = denoise_image(image_network(), image, WHITE)
+    out = denoise_image(small_network(ImageNetwork), image, WHITE)
     assert (out - clean).square().mean() < 0.2
-    torch.testing.assert_close(denoise_image(image_network(), image + 1e4, WHITE) - 1e4, out, atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        denoise_image(small_network(ImageNetwork), image + 1e4, WHITE) - 1e4, out, atol=2e-3, rtol=0
+    )
 
 
 def test_strips_give_what_the_whole_image_gives(monkeypatch):
     _, image = noisy(203, 30)
-    whole = denoise_image(image_network(), image, (0.1, 0.2))
+    whole = denoise_image(small_network(ImageNetwork), image, (0.1, 0.2))
     monkeypatch.setattr(unets, "_STRIP_PIXELS", 1)
-    strips = denoise_image(image_network(), image, (0.1, 0.2))
+    strips = denoise_image(small_network(ImageNetwork), image, (0.1, 0.2))
     torch.testing.assert_close(strips, whole, atol=1e-4, rtol=0)
 
 
@@ -57,7 +59,7 @@ def test_correlated_noise_is_told_from_structure():
     clean, _ = noisy(64, 64)
     white = torch.randn(64, 65, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     image = clean + (white[:, 1:] + 0.3 * white[:, :-1]) / 1.09**0.5
-    told, not_told = (denoise_image(image_network(), image, known) for known in ((0, 0.3 / 1.09), WHITE))
+    told, not_told = (denoise_image(small_network(ImageNetwork), image, known) for known in ((0, 0.3 / 1.09), WHITE))
     assert (told - clean).square().mean() < 0.9 * (not_told - clean).square().mean()
 
 

@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from restormer3d import footprints
-from restormer3d.checkpoint import CheckpointError, image_network, load_state, save_state
+from restormer3d.checkpoint import CheckpointError, load_state, save_state, small_network
 from restormer3d.components import AddedNoise
 from restormer3d.courses import course_noise, sparse_footprints, strength_of
-from restormer3d.denoising import silent, start_denoising
+from restormer3d.denoising import start_denoising
 from restormer3d.fields import SIDE, least_deviation
 from restormer3d.footprints import take_apart
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.patches import measured_stack
 from restormer3d.processes import process_pool
+from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, random_scene_parameters, simulate_scene
 from restormer3d.simulation.parameters import log_uniform
 from restormer3d.static_image import denoise_mean, stabilized
-from restormer3d.unets import lag_one
+from restormer3d.unets import ImageNetwork, lag_one
 
 _FOOTPRINT_FRAMES = (50, 220)
 _COURSE_FRAMES = (50, 320)
@@ -143,7 +144,7 @@ def simulated_footprints(seed: int, number: int, side: int = SIDE) -> FootprintS
     if not _NOISE[0] < float((fields.noisy - truth).square().mean()) < _NOISE[1]:
         return None
     frames = recording.noisy.shape[1]
-    mean = denoise_mean(recording.mean, recording.estimate, frames, recording.correlation, image_network())
+    mean = denoise_mean(recording.mean, recording.estimate, frames, recording.correlation, small_network(ImageNetwork))
     static = torch.from_numpy(stabilized(mean, recording.estimate))[None]
     images = (fields.noisy, fields.denoised, truth, *footprints.context(fields, static))
     noisy, denoised, truth, static, strength = (x[0].half() for x in images)

@@ -28,7 +28,7 @@ from restormer3d.arithmetic import autocast, torch_device
 from restormer3d.checkpoint import COURSE_WEIGHTS, FOOTPRINT_WEIGHTS
 from restormer3d.config import Precision
 from restormer3d.footprints import Footprints
-from restormer3d.training import Progress
+from restormer3d.progress import Progress
 from restormer3d.unet_training import check_run, train_unet
 from restormer3d.unets import CourseNetwork, FootprintNetwork, UNet
 
@@ -194,12 +194,12 @@ def validate_activity(network: Any, scenes: list[Scene], device: torch.device) -
         if isinstance(scene, FootprintScene):
             inside = Footprints(torch.empty(0), denoised, noisy)
             static = scene.static.to(device).float()[None]
-            better = footprints.answer(
+            better = footprints.apply_network(
                 network, inside, static, (float(scene.correlation[0]), float(scene.correlation[1]))
             )
         else:
             lines = [x.mT for x in (noisy, denoised, scene.strength.to(device)[None])]
-            better = courses.answer(network, *lines, told=courses.told_by_others(lines[1])).mT
+            better = courses.apply_network(network, *lines, weights=courses.weights_of_others(lines[1])).mT
         before, after = (float((x - truth).square().sum()) for x in (denoised, better))
         gains.append(10 * math.log10(before / after))
     return {"gain_db": float(np.mean(gains)), "lowest_gain_db": min(gains), "highest_gain_db": max(gains)}
@@ -255,12 +255,12 @@ def _some_courses(scene: CourseScene, rng: np.random.Generator, frames: int) -> 
         angle = rng.uniform(-_COURSES_TURNED[1], _COURSES_TURNED[1])
         turn[[i, i, j, j], [i, j, i, j]] = np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)
     noisy, denoised, truth = (torch.from_numpy(turn).float() @ x for x in scene[:3])
-    told = courses.told_by_others(denoised.mT[None])
+    weights = courses.weights_of_others(denoised.mT[None])
     first = int(rng.integers(noisy.shape[1] - frames + 1))
     lines = (noisy, denoised, scene.strength, _mean_of_many(truth, rng), truth)
     noisy, denoised, strength, target, truth = (x[None, :, first : first + frames] for x in lines)
     error = (denoised - truth).square().mean().clamp(min=_LEAST_COURSE_ERROR)
-    return noisy, denoised, strength, told, target, (1 / error)[None]
+    return noisy, denoised, strength, weights, target, (1 / error)[None]
 
 
 def _mean_of_many(truth: Tensor, rng: np.random.Generator) -> Tensor:

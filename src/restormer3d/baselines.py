@@ -13,9 +13,8 @@ import numpy as np
 
 from restormer3d.noise import usual_variance
 from restormer3d.normalization import temporal_mean
+from restormer3d.progress import Progress
 from restormer3d.tiling import hann_weights, window_starts
-
-Progress = Callable[[str, int, int], None]
 
 SIGMAS_T = (0.5, 1.0, 2.0, 3.0, 4.5, 7.0, 10.0, 14.0, 20.0, 30.0)
 SIGMAS_XY = (0.0, 0.5, 0.8, 1.0, 1.4, 2.0, 3.0)

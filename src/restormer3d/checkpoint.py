@@ -29,7 +29,12 @@ SHIPPED_WEIGHTS = "restormer3d.safetensors"
 IMAGE_WEIGHTS = "static_image.safetensors"
 FOOTPRINT_WEIGHTS = "footprints.safetensors"
 COURSE_WEIGHTS = "courses.safetensors"
-SMALL_NETWORKS = (IMAGE_WEIGHTS, FOOTPRINT_WEIGHTS, COURSE_WEIGHTS)
+SMALL_NETWORKS: dict[type[UNet], str] = {
+    ImageNetwork: IMAGE_WEIGHTS,
+    FootprintNetwork: FOOTPRINT_WEIGHTS,
+    CourseNetwork: COURSE_WEIGHTS,
+}
+"""The file of each network that denoises a part of a recording."""
 
 AnyUNet = TypeVar("AnyUNet", bound=UNet)
 
@@ -96,7 +101,7 @@ def load_weights(path: str | Path) -> Restormer3D:
             f"{path}: expected a safetensors file written by restormer3d, found something else ({error})"
         ) from error
     if "model_config" not in header:
-        if path.name in SMALL_NETWORKS:
+        if path.name in SMALL_NETWORKS.values():
             raise CheckpointError(f"{path}: weights of a small network; give their folder: --weights {path.parent}")
         raise CheckpointError(
             f"{path}: a safetensors file, but of another program: its header has no model_config. "
@@ -154,23 +159,12 @@ def network_file(name: str, folder: Path | None = None) -> Path:
     return own if own is not None and own.is_file() else shipped_file(name)
 
 
-def image_network(folder: Path | None = None) -> ImageNetwork:
-    """Return the network for the static image on the CPU, with the weights in a folder or in the package."""
-    return _read_once(network_file(IMAGE_WEIGHTS, folder), ImageNetwork)
+def small_network(kind: type[AnyUNet], folder: Path | None = None) -> AnyUNet:
+    """Return the network of a kind of :data:`SMALL_NETWORKS`, on the CPU.
 
-
-def footprint_network(folder: Path | None = None) -> FootprintNetwork:
-    """Return the network for footprints, as :func:`image_network`."""
-    return _read_once(network_file(FOOTPRINT_WEIGHTS, folder), FootprintNetwork)
-
-
-def course_network(folder: Path | None = None) -> CourseNetwork:
-    """Return the network for courses, as :func:`image_network`."""
-    return _read_once(network_file(COURSE_WEIGHTS, folder), CourseNetwork)
-
-
-def _read_once(path: Path, kind: Callable[[tuple[int, int, int]], AnyUNet]) -> AnyUNet:
-    """Read a network once, and again when its file has changed."""
+    With the weights in a folder or in the package; read once, and again when the file has changed.
+    """
+    path = network_file(SMALL_NETWORKS[kind], folder)
     return _read(path, path.stat().st_mtime_ns, kind)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.fields import MOST, Fields, change_fields, farther, followed
+from restormer3d.fields import MOST, Fields, change_fields, misfit, trust
 from restormer3d.principal import leading_components
 from restormer3d.unets import CourseNetwork
 
@@ -24,8 +24,10 @@ _TURNS = 40  # passes to find how components have to be turned
 _FAST = 21  # frames of a moving mean; what is left of it changes fast
 _NOISE_LEFT = 0.1  # variance of a course's noise after some smoothing
 _SURE_FRAMES = 95.0  # frames that tell how much a course varies to the variance of its noise; more do by their square
+_MOST_LOST = 1.0  # deviations of noise, that an event may have lost: of light a hundred times as strong nothing is
 _MOST_VARIED = 2.25  # times the variance of what was denoised
 _SHARED = (1.2, 1.5)  # variance along a direction, relative to that of independent noise: own below, shared beyond
+_LARGEST_NOISE = 4.0  # deviations, of what denoising has left: what is beyond is light, or a cosmic ray
 _LARGEST_STEP = 4.0  # deviations of noise, of which a difference of two frames has 1.4; what is beyond is not noise
 _NORMAL_MEDIAN = 0.4549364  # of the square of a normal number of variance 1
 
@@ -59,11 +61,11 @@ def denoise_courses(
         clear, recorded, drawn = (x.flatten(2) @ footprints for x in fields[:3])
         scale, excess = course_noise(clear, recorded, drawn)
         lines = [x / scale for x in (recorded, clear, strength_of(clear))]
-        own = noise_of_their_own(lines[0] - lines[1])
-        told = told_by_others(lines[1]) * followed(excess) * own
-        better = as_varied(answer(network, *lines, told=told), lines[0], own)
-        far = farther(*(x.mT for x in (lines[0], lines[1], better))).unsqueeze(1)
-        by_course = (better - lines[1]) * scale * followed(excess) * followed(far)
+        own = independent_noise(lines[0] - lines[1])
+        weights = weights_of_others(lines[1]) * trust(excess) * own
+        better = as_varied(apply_network(network, *lines, weights=weights), lines[0], own)
+        far = misfit(*(x.mT for x in (lines[0], lines[1], better))).unsqueeze(1)
+        by_course = (better - lines[1]) * scale * trust(excess) * trust(far)
         by_course -= by_course.mean(1, keepdim=True)
         return (by_course @ footprints.mT).view_as(fields.denoised)
 
@@ -104,7 +106,7 @@ def course_noise(denoised: Tensor, noisy: Tensor, noise: Tensor) -> tuple[Tensor
     return (expected * excess.clamp(min=1)).sqrt(), excess
 
 
-def noise_of_their_own(left: Tensor) -> Tensor:
+def independent_noise(left: Tensor) -> Tensor:
     """Whether each course of a field has noise of its own: from 1 to 0, (fields, 1, 1).
 
     Flicker and electrical ripple are in many courses at once, and then one must not tell of another. `left` is what
@@ -130,8 +132,8 @@ def strength_of(denoised: Tensor) -> Tensor:
     return denoised.norm(dim=2, keepdim=True).expand_as(denoised)
 
 
-def told_by_others(denoised: Tensor) -> Tensor:
-    """How much each of the courses (fields, T, courses) is told by each other one, (fields, courses, courses).
+def weights_of_others(denoised: Tensor) -> Tensor:
+    """Weights of the others in an estimate of each of the courses (fields, T, courses), (fields, courses, courses).
 
     Row k holds the weights of the other courses in the linear estimate of the fast changes of course k that has the
     least squared error, by the covariance of the denoised ones, in deviations of the noise.
@@ -153,16 +155,16 @@ def as_varied(denoised: Tensor, noisy: Tensor, own: Tensor | float = 1.0) -> Ten
     """Let fast changes of denoised courses vary as much as those of the true ones must.
 
     Estimates of least error vary less than what they estimate: where noise hides a part of the events, all come out too
-    low. How much the true courses vary is known from what the noisy ones do beyond their noise, in a short recording
-    less well. To vary as much takes back about half of what events have lost, for a fraction of the error that it would
-    cost to have them right.
+    low, by a part of the noise. How much the true courses vary is known from what the noisy ones do beyond their noise,
+    in a short recording less well. To vary as much takes back about half of what events have lost, for a fraction of
+    the error that it would cost to have them right.
 
     Parameters
     ----------
     denoised, noisy : Tensor
         Courses (fields, T, courses) in deviations of the noise.
     own : Tensor or float
-        How far that noise is each course's own, from 0 to 1, (fields, 1, 1): shared noise is not known to have variance 1.
+        How far that noise is each course's own, from 0 to 1, (fields, 1, 1); how strong shared noise is, is not known.
 
     References
     ----------
@@ -171,15 +173,16 @@ def as_varied(denoised: Tensor, noisy: Tensor, own: Tensor | float = 1.0) -> Ten
     """
     changes = fast_changes(denoised)
     varied = changes.square().mean(1, keepdim=True)
-    known = fast_changes(noisy).square().mean(1, keepdim=True) - (1 - 1 / _FAST)
+    left = fast_changes((noisy - denoised).clamp(-_LARGEST_NOISE, _LARGEST_NOISE))
+    known = (changes + left).square().mean(1, keepdim=True) - (1 - 1 / _FAST)
     unsure = (_SURE_FRAMES / denoised.shape[1]) ** 2
     factor = ((known + unsure) / (varied + unsure)).clamp(1, _MOST_VARIED).sqrt()
-    return denoised + own * (factor - 1) * changes
+    return denoised + own * ((factor - 1) * changes).clamp(-_MOST_LOST, _MOST_LOST)
 
 
-def answer(network: CourseNetwork, noisy: Tensor, denoised: Tensor, strength: Tensor, told: Tensor) -> Tensor:
-    """Denoise courses (fields, T, courses) in deviations of their noise; `told` is how much others tell of each."""
+def apply_network(network: CourseNetwork, noisy: Tensor, denoised: Tensor, strength: Tensor, weights: Tensor) -> Tensor:
+    """Denoise courses (fields, T, courses) in deviations of their noise; `weights` are those of the others."""
     frames = denoised.shape[1]
     padded = [F.pad(x.mT, (0, -frames % 4), mode="replicate") for x in (noisy, denoised, strength)]
     with float32_products("fp32"):
-        return network(*padded, told)[..., :frames].mT
+        return network(*padded, weights)[..., :frames].mT

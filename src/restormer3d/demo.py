@@ -6,10 +6,11 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
+from restormer3d.progress import Progress, Say
 from restormer3d.report import trace_picture
 from restormer3d.settings import settings
 from restormer3d.stacks import open_stack
-from restormer3d.workflow import Progress, Say, denoise_files
+from restormer3d.workflow import denoise_files
 
 RECORDING = "fmi_mouse_gcamp_192x96x96.tif"  # its source and licence: data/ATTRIBUTION.md
 

@@ -15,7 +15,7 @@ import torch
 
 from restormer3d.arithmetic import float64_device, forced_engine, torch_device, usable
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.checkpoint import course_network, footprint_network, image_network
+from restormer3d.checkpoint import small_network
 from restormer3d.components import (
     LEAST_FRAMES,
     AddedNoise,
@@ -35,14 +35,14 @@ from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
+from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, networks_record, weights_record
 from restormer3d.stacks import check_stack, to_dtype
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
 from restormer3d.stimulus_light import put_back, take_light_away
-from restormer3d.training import Progress, fit
-
-Say = Callable[[str], None]
+from restormer3d.training import fit
+from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork
 
 _ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes
 
@@ -64,10 +64,6 @@ class Denoised:
     frames: Iterator[np.ndarray]
     record: dict[str, Any]
     model: Restormer3D | None = None
-
-
-def silent(*_: Any) -> None:
-    """Report nothing."""
 
 
 def array_and_record(
@@ -221,7 +217,12 @@ def _denoised_frames(
     if noise is not None and (parts.static_image or parts.footprints):
         mean = source.normalization.invert(source.mean)
         static = denoise_mean(
-            mean, noise, source.stack.shape[0], source.noise_correlation, image_network(chosen.networks), device
+            mean,
+            noise,
+            source.stack.shape[0],
+            source.noise_correlation,
+            small_network(ImageNetwork, chosen.networks),
+            device,
         )
     steps = _activity_steps(chosen, added, static, noise, float64_device(device), say) if added and noise else {}
     if added is not None:
@@ -257,10 +258,11 @@ def _activity_steps(
             denoise_footprints,
             static=torch.from_numpy(stabilized(static, noise)).to(device, torch.float32),
             correlation=added.correlation,
-            network=copy.deepcopy(footprint_network(chosen.networks)).to(device),
+            network=copy.deepcopy(small_network(FootprintNetwork, chosen.networks)).to(device),
         )
     if parts.courses:
-        steps["courses"] = partial(denoise_courses, network=copy.deepcopy(course_network(chosen.networks)).to(device))
+        network = copy.deepcopy(small_network(CourseNetwork, chosen.networks)).to(device)
+        steps["courses"] = partial(denoise_courses, network=network)
     return steps
 
 

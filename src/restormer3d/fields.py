@@ -98,7 +98,7 @@ def least_deviation(deviation: Tensor) -> Tensor:
     return deviation.clamp(min=_LEAST_DEVIATION * float(deviation.mean()) + 1e-30)
 
 
-def followed(excess: Tensor) -> Tensor:
+def trust(excess: Tensor) -> Tensor:
     """How far a network is followed where there is this much noise, relative to what is expected: from 1 to 0.
 
     Light that flickers and a field that jitters are not in the noise of single pixels, and look like activity that
@@ -108,8 +108,8 @@ def followed(excess: Tensor) -> Tensor:
     return ((refused - excess) / (refused - trusted)).clamp(0, 1)
 
 
-def farther(noisy: Tensor, denoised: Tensor, better: Tensor) -> Tensor:
-    """How far a network's answer is from what was recorded, relative to noise or to what was there before: (..., n).
+def misfit(noisy: Tensor, denoised: Tensor, better: Tensor) -> Tensor:
+    """How far a network's output is from what was recorded, relative to noise or to what was there before: (..., n).
 
     All (..., n, values), in deviations of the noise. A network takes away more than noise where it has not seen the
     like: the light of a stimulus is a hundred times as strong as any activity.

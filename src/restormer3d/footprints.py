@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.fields import MOST, Fields, change_fields, farther, followed
+from restormer3d.fields import MOST, Fields, change_fields, misfit, trust
 from restormer3d.principal import leading_components
 from restormer3d.unets import FootprintNetwork, lag_one
 
@@ -84,17 +84,19 @@ def denoise_footprints(
 
     def change(fields: Fields) -> Tensor:
         inside = take_apart(fields.denoised, fields.noisy)
-        better = answer(network, inside, fields.cut(static), known)
+        better = apply_network(network, inside, fields.cut(static), known)
         by_course = (better - inside.denoised).flatten(2)
-        by_course *= followed(farther(*(x.flatten(2) for x in (inside.noisy, inside.denoised, better)))).unsqueeze(2)
+        by_course *= trust(misfit(*(x.flatten(2) for x in (inside.noisy, inside.denoised, better)))).unsqueeze(2)
         left = (fields.noisy - fields.denoised).flatten(2)
-        by_course *= followed(noise_excess(by_course, left, fields.noise.flatten(2))).unsqueeze(2)
+        by_course *= trust(noise_excess(by_course, left, fields.noise.flatten(2))).unsqueeze(2)
         return (inside.courses @ by_course).view_as(fields.denoised)
 
     return change_fields(denoised, noisy, noise, deviation, change)
 
 
-def answer(network: FootprintNetwork, inside: Footprints, static: Tensor, correlation: tuple[float, float]) -> Tensor:
+def apply_network(
+    network: FootprintNetwork, inside: Footprints, static: Tensor, correlation: tuple[float, float]
+) -> Tensor:
     """Denoise footprints once more, (fields, footprints, H, W), with the fields' static images (fields, H, W)."""
     height, width = static.shape[1:]
     beside = (x[:, None].expand_as(inside.noisy) for x in context(inside, static))

@@ -24,11 +24,12 @@ from restormer3d.mixture import fit_mixture
 from restormer3d.model import Restormer3D
 from restormer3d.noise import estimate_noise
 from restormer3d.patches import TrainingStack, measured_stack, training_stack
+from restormer3d.progress import Progress
 from restormer3d.scenes import Scenes, adapted, scenes_ahead, simulated
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 from restormer3d.stacks import open_stack
 from restormer3d.thinning import prepare_thinning
-from restormer3d.training import Progress, fit
+from restormer3d.training import fit
 
 _RECORDINGS = 8  # further noisy recordings of a simulated scene, which the network learns to predict together
 _RECORDING_WINDOWS = 100  # of a recording

@@ -14,11 +14,9 @@ from pydantic import ValidationError
 from restormer3d.checkpoint import (
     SHIPPED_WEIGHTS,
     SMALL_NETWORKS,
-    course_network,
-    footprint_network,
-    image_network,
     load_weights,
     shipped_weights,
+    small_network,
 )
 from restormer3d.config import Engine, InferenceConfig, ModelConfig, Precision, Recipe, TrainingConfig, recipe
 from restormer3d.model import Restormer3D
@@ -253,12 +251,12 @@ def _weights_files(recipe_name: Recipe, weights: str | Path | None) -> tuple[Pat
         return (usual if weights is None else None), None
     if not Path(weights).is_dir():
         return Path(weights), None
-    names = (SHIPPED_WEIGHTS, *SMALL_NETWORKS)
+    names = (SHIPPED_WEIGHTS, *SMALL_NETWORKS.values())
     found = [name for name in names if (Path(weights) / name).is_file()]
     if not found:
         raise ValueError(f"{weights}: expected a weights file, or a folder with any of {', '.join(names)}")
-    for network in (image_network, footprint_network, course_network):
-        network(Path(weights))  # what cannot be read is refused here, not after training
+    for kind in SMALL_NETWORKS:
+        small_network(kind, Path(weights))  # what cannot be read is refused here, not after training
     return (Path(weights) / SHIPPED_WEIGHTS if SHIPPED_WEIGHTS in found else usual), Path(weights)
 
 

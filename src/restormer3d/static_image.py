@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from restormer3d.arithmetic import float64_device
-from restormer3d.fields import followed
+from restormer3d.fields import trust
 from restormer3d.filters import smooth_plane
 from restormer3d.noise import NoiseEstimate
 from restormer3d.unets import ImageNetwork, denoise_image, lag_one
@@ -72,7 +72,7 @@ def denoise_mean(
     image /= variance**0.5
     denoised = denoise_image(copy.deepcopy(network).to(where), image, lag_one(correlation))
     taken_away = smooth_plane((image - denoised).square(), _NEAR)
-    image += followed(taken_away) * (denoised - image)
+    image += trust(taken_away) * (denoised - image)
     return restored((image * variance**0.5).cpu().numpy(), noise).astype(np.float32)
 
 

@@ -29,10 +29,10 @@ from restormer3d.distributed import average_gradients, is_first, part_of_batch
 from restormer3d.model import Restormer3D
 from restormer3d.objectives import hide, masked_loss, second_recording_loss, temporal_median_loss
 from restormer3d.patches import Patches, TrainingStack, random_patches
+from restormer3d.progress import Progress
 from restormer3d.selection import BestWeights, check_iterations
 
 StackSource = Sequence[TrainingStack] | Callable[[int], Sequence[TrainingStack]]
-Progress = Callable[[str, int, int], None]
 
 _LOSSES_AT_ONCE = 20  # read from a GPU together: every reading makes the host wait for all that was launched
 

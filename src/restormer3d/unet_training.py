@@ -14,7 +14,8 @@ from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
 from restormer3d.checkpoint import CheckpointError, load_state, save_history, save_state, save_unet
-from restormer3d.training import Progress, update_average
+from restormer3d.progress import Progress
+from restormer3d.training import update_average
 from restormer3d.unets import UNet
 
 _LEARNING_RATE = 1e-3

@@ -31,7 +31,7 @@ class UNet(nn.Module):
     widths : tuple of int
         Channels of the levels.
     start : float
-        Scale of the last convolution's first weights: the answer starts close to nothing.
+        Scale of the last convolution's first weights: the correction starts close to nothing.
     dimensions : int
         2 for images, 1 for courses in time.
     kernel : int
@@ -68,7 +68,7 @@ class UNet(nn.Module):
         with torch.no_grad():
             self.output.weight *= start
 
-    def answer(self, x: Tensor, seen: Callable[[int, Tensor], Tensor] = lambda _, features: features) -> Tensor:
+    def correction(self, x: Tensor, seen: Callable[[int, Tensor], Tensor] = lambda _, features: features) -> Tensor:
         """From (B, channels, H, W) to (B, 1, H, W), or without H; sides that are multiples of four.
 
         `seen` is what each level makes of the features of its encoder.
@@ -95,7 +95,7 @@ class ImageNetwork(UNet):
         `correlation` (B, 2) is that of the noise of neighbors along rows' axis (y) and columns' axis (x).
         """
         x = torch.cat([image, _everywhere(correlation, image.shape[-2:])], 1)
-        return image - self.answer(x)
+        return image - self.correction(x)
 
 
 class FootprintNetwork(UNet):
@@ -125,7 +125,7 @@ class FootprintNetwork(UNet):
         sign = denoised.pow(3).sum((1, 2, 3), keepdim=True).sign()
         fields = [(noisy - denoised) * sign, denoised * sign, static, strength]
         x = torch.cat([*fields, _everywhere(correlation, noisy.shape[-2:])], 1)
-        return denoised + sign * self.answer(x)
+        return denoised + sign * self.correction(x)
 
 
 class CourseNetwork(UNet):
@@ -141,7 +141,7 @@ class CourseNetwork(UNet):
         for weight in self.others.parameters():
             weight.data *= 0.3
 
-    def forward(self, noisy: Tensor, denoised: Tensor, strength: Tensor, told: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, denoised: Tensor, strength: Tensor, weights: Tensor) -> Tensor:
         """Denoise courses (fields, courses, T) once more; T a multiple of four.
 
         Parameters
@@ -150,18 +150,18 @@ class CourseNetwork(UNet):
             Courses (fields, courses, T) in deviations of their noise; where a cell is active they rise.
         strength : Tensor
             Norm over all courses of a field, in deviations of each one's noise, (fields, courses, T).
-        told : Tensor
-            How much each course is told by each other one, (fields, courses, courses); see `courses.told_by_others`.
+        weights : Tensor
+            Of the other courses in an estimate of each, (fields, courses, courses); see `courses.weights_of_others`.
         """
         left = noisy - denoised
-        fields = torch.stack([left, denoised, strength, told @ left, torch.ones_like(left)], 2)
+        fields = torch.stack([left, denoised, strength, weights @ left, torch.ones_like(left)], 2)
 
         def seen(level: int, features: Tensor) -> Tensor:
             by_course = features.unflatten(0, left.shape[:2])  # (fields, courses, channels, T)
-            of_others = torch.einsum("fkj,fjct->fkct", told, by_course).flatten(0, 1)
+            of_others = torch.einsum("fkj,fjct->fkct", weights, by_course).flatten(0, 1)
             return features + F.relu(self.others[level](of_others))
 
-        return denoised + self.answer(fields.flatten(0, 1), seen).view_as(denoised)
+        return denoised + self.correction(fields.flatten(0, 1), seen).view_as(denoised)
 
 
 def lag_one(correlation: tuple[tuple[float, ...], ...]) -> tuple[float, float]:

@@ -18,7 +18,8 @@ import torch
 from restormer3d.arithmetic import forced_engine, torch_device
 from restormer3d.checkpoint import replacing, save_weights
 from restormer3d.config import Engine, Method, Precision, Recipe
-from restormer3d.denoising import Progress, Say, array_and_record, silent, start_denoising
+from restormer3d.denoising import array_and_record, start_denoising
+from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings, settings
 from restormer3d.sidecar import sidecar
 from restormer3d.stacks import TiffStack, check_folder, check_output, check_stack, open_stack, write_stack

@@ -18,7 +18,7 @@ import torch
 from restormer3d.arithmetic import torch_device
 from restormer3d.challenge.images import denoised_mha, set_resolution_unit
 from restormer3d.checkpoint import SMALL_NETWORKS, shipped_weights
-from restormer3d.denoising import Say
+from restormer3d.progress import Say
 from restormer3d.settings import Pretrained, Settings, build_model, settings
 from restormer3d.sidecar import weights_record
 from restormer3d.workflow import FAILURES, denoise_files, share_of_time

@@ -15,8 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Generic, TypeVar
 
+from restormer3d.progress import Say
+
 Loaded = TypeVar("Loaded")
-Say = Callable[[str], None]
 
 
 class InvokeServer(ThreadingHTTPServer, Generic[Loaded]):
