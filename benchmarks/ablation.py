@@ -11,12 +11,15 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 from cyclopts import App, Parameter
+from torch import Tensor
 
 from benchmarks.cells import write_json
 from benchmarks.jobs import without_folders
@@ -37,6 +40,7 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     "**as they are: not fine-tuned**": (True, _AS_THEY_ARE),
     "the mixture of filters not fitted to the stack": (True, {"training": {"iterations": 0, "adapt_mixture": False}}),
     "the fitted mixture alone, without the network": (False, _AS_THEY_ARE),
+    "without courses raised to the variance that they have": (True, _AS_THEY_ARE),
     "without courses denoised once more": (True, _AS_THEY_ARE | {"inference": {"courses": False}}),
     "without footprints denoised once more": (True, _AS_THEY_ARE | {"inference": {"footprints": False}}),
     "without footprints and courses denoised once more": (
@@ -67,6 +71,7 @@ ROWS: dict[str, tuple[bool, _Change]] = {
     "fine-tuned, learning rate 3e-4": (True, {"training": {"learning_rate": 3e-4}}),
 }
 """Whether the network has a part in it, and what differs from the default settings, by row."""
+_NOT_RAISED = "without courses raised to the variance that they have"  # which no setting switches off
 
 app = App(name="python -m benchmarks.ablation", help_format="plaintext")
 
@@ -105,7 +110,8 @@ def ablation(
         if any(word in label for word in without):
             continue
         chosen = _settings(change, iterations)
-        cells = [_cell(scene, level, chosen, network, folder) for level in levels]
+        with patch("restormer3d.courses.as_varied", _unchanged) if label == _NOT_RAISED else nullcontext():
+            cells = [_cell(scene, level, chosen, network, label == _NOT_RAISED, folder) for level in levels]
         lines.append(f"| {label} | " + " | ".join(_text(cell) for cell in cells) + " |")
         print(lines[-1], file=sys.stderr, flush=True)
     command = f"python -m benchmarks.ablation {without_folders(sys.argv[1:])}"
@@ -124,10 +130,14 @@ def _settings(change: _Change, iterations: int) -> Settings:
     return replace(base, **parts)
 
 
-def _cell(scene: Any, level: int, chosen: Settings, network: bool, folder: Path) -> dict[str, Any]:
+def _unchanged(denoised: Tensor, *_: Tensor) -> Tensor:
+    return denoised
+
+
+def _cell(scene: Any, level: int, chosen: Settings, network: bool, not_raised: bool, folder: Path) -> dict[str, Any]:
     """Denoise the scene at a noise level and score it, unless that was done before."""
     assert chosen.weights is not None
-    key = [scene.shape, level, network, chosen.training.model_dump(), chosen.inference.model_dump()]
+    key = [scene.shape, level, network, not_raised, chosen.training.model_dump(), chosen.inference.model_dump()]
     text = json.dumps([*key, file_sha256(chosen.weights), networks_record(chosen)])
     path = folder / f"level{level}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if path.exists():

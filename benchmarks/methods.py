@@ -57,8 +57,8 @@ def temporal_mean(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> di
 def gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
     """Filter with the widths that predict held-out frames best: what `--method gaussian` does."""
     with open_stack(noisy) as stack:
-        sigma_t, sigma_xy = choose_gaussian(stack)
-    _filter(noisy, output, partial(gaussian_frames, sigma_t=sigma_t, sigma_xy=sigma_xy))
+        sigma_t, sigma_xy = choose_gaussian(stack, around_mean=True)
+    _filter(noisy, output, partial(gaussian_frames, sigma_t=sigma_t, sigma_xy=sigma_xy, around_mean=True))
     return {"sigma_t": sigma_t, "sigma_xy": sigma_xy}
 
 

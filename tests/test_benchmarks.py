@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import artefacts, jobs, precision, quality, speed, speed_table
+from benchmarks import artefacts, jobs, other_simulators, precision, quality, speed, speed_table
 from benchmarks.cells import truth_score
 from benchmarks.tables import markdown
 
@@ -229,6 +229,16 @@ def test_an_artefact_leaves_noise_around_its_truth(name):
     noise = noisy - clean
     assert noise.std() > 1
     assert abs(noise.mean()) < 0.4 * noise.std()  # cut at 0, noise has a mean
+
+
+def test_other_simulators_are_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(other_simulators, "FILTERS", ("gaussian-oracle", "gaussian-activity-oracle"))
+    document = tmp_path / "simulators.md"
+    other_simulators.other_simulators(shape=(24, 40, 40), only=("mesoscope",), levels=(2,), write=document)
+    (row,) = [line for line in document.read_text().splitlines() if line.startswith("| mesoscope | 2 |")]
+    stsnr, activity_snr = (float(score) for score in row.split("|")[5].split("/"))
+    assert stsnr > 0  # the default recipe is ahead of the best filter
+    assert np.isfinite(activity_snr)
 
 
 def test_artefacts_differ(tmp_path):

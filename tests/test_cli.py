@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
@@ -13,6 +15,10 @@ import tifffile
 
 import restormer3d
 from restormer3d.cli import app
+from restormer3d.denoising import Denoised
+from restormer3d.settings import settings
+from restormer3d.stacks import StackError
+from restormer3d.workflow import denoise_files
 
 QUICK = """
 [model]
@@ -268,3 +274,46 @@ def test_a_time_limit_is_kept_and_said(noisy_file, quick, tmp_path, capsys):
     record = json.loads(output.with_name("timed.tif.json").read_text())
     # On a machine too slow for any network in that time, the filter takes over.
     assert record["method"] == "gaussian" or record["settings"]["training"]["iterations"] < 100_000
+
+
+def test_a_sidecar_is_json_even_where_a_number_is_undefined(noisy_stack, quick, tmp_path):
+    """Five frames say nothing of the correlation of noise along time."""
+    short = tmp_path / "short.tif"
+    tifffile.imwrite(short, noisy_stack[:5])
+    assert run("denoise", short, "-o", tmp_path / "out.tif", *quick) == 0
+
+    def refused(word):
+        raise AssertionError(word)
+
+    sidecar = json.loads((tmp_path / "out.tif.json").read_text(), parse_constant=refused)
+    assert sidecar["noise"]["correlation"]["t"] == [None, None]
+
+
+def test_a_failed_stack_is_not_kept_in_memory(noisy_file, tmp_path, monkeypatch):
+    seen = []
+
+    def fails(stack, *_):
+        seen.append(weakref.ref(stack))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("restormer3d.workflow.start_denoising", fails)
+    failures = denoise_files([noisy_file], tmp_path / "out", settings(iterations=0))
+    assert str(failures[noisy_file]) == "out of memory"
+    gc.collect()
+    assert seen[0]() is None
+
+
+def test_an_array_that_comes_out_undefined_is_refused(noisy_stack, monkeypatch):
+    def broken(stack, *_):
+        return Denoised(iter(np.full(stack.shape, np.nan, np.float32)), {})
+
+    monkeypatch.setattr("restormer3d.denoising.start_denoising", broken)
+    with pytest.raises(RuntimeError, match="frame 0 of the output has values that are not finite"):
+        restormer3d.denoise(noisy_stack)
+
+
+def test_a_file_that_cannot_be_denoised_is_named(tmp_path):
+    path = tmp_path / "flat.tif"
+    tifffile.imwrite(path, np.full((8, 16, 16), 7, np.uint16), compression="zlib")
+    with pytest.raises(StackError, match=r"flat\.tif: every voxel is 7"):
+        restormer3d.denoise(path)

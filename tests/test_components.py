@@ -196,9 +196,9 @@ def test_added_noise_is_like_that_of_the_stack():
     np.testing.assert_allclose(added[50:60] - stack[50:60], 0.25 * noise[50:60], rtol=1e-6)
 
 
-def run(stack):
+def run(stack, **options):
     said = []
-    chosen, device = settings(iterations=0), torch_device("cpu")
+    chosen, device = settings(iterations=0, **options), torch_device("cpu")
     result = start_denoising(stack, chosen, "restormer3d", device, None, silent, said.append)
     frames = np.stack(list(result.frames))
     assert frames.shape == stack.shape
@@ -208,6 +208,7 @@ def run(stack):
 def test_default_recipe_refines_what_it_can():
     noisy = photons(blinking_cells(40, 24, 24))
     assert run(noisy)[0]
+    assert run(noisy, blind_spot="t3x3")[0]  # a wide blind spot does not say that noise has a memory
     done, said = run(noisy[: LEAST_FRAMES - 1])
     assert not done
     assert "15 frames are too few" in said

@@ -142,3 +142,12 @@ def test_real_recordings(name: str, x: float, y: float, photons: tuple[float, fl
     assert found.photons_per_pixel is not None
     assert photons[0] < found.photons_per_pixel < photons[1]
     assert blind_spot_extent(found) == extent
+
+
+@pytest.mark.parametrize("border", [0, 24, 48])  # 0, 67 and 84 % of the field are black
+def test_a_black_border_tells_nothing(border: int):
+    seen = np.rint(record(scene(), 100, 2000)).astype(np.int16)
+    found = estimate_noise(np.pad(seen, ((0, 0), (border, border), (border, border))))
+    assert found.gain == pytest.approx(100, rel=0.1)
+    assert found.photons_per_pixel == pytest.approx(np.median(scene().mean(0)) / 100, rel=0.3)
+    assert blind_spot_extent(found) == (0, 0, 0)

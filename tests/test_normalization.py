@@ -10,6 +10,7 @@ from restormer3d.normalization import (
     Normalization,
     estimate_normalization,
     sample_frames,
+    sampled_percentiles,
     temporal_mean,
     temporal_median,
 )
@@ -103,3 +104,9 @@ def test_temporal_mean_covers_every_frame_without_overflow():
     stack = np.full((70, 4, 5), 30_000, dtype=np.int16)
     stack[-1] = 0
     np.testing.assert_allclose(temporal_mean(stack), 30_000 * 69 / 70, rtol=1e-6)
+
+
+def test_percentiles_of_a_saturated_recording():
+    """Where the upper percentile is the largest value, it is that value."""
+    stack = np.minimum(np.arange(3 * 20 * 20).reshape(3, 20, 20), 900).astype(np.int16)
+    assert sampled_percentiles(stack, (0, 50, 99.5)) == (0, 599.5, 900)

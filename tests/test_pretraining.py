@@ -11,7 +11,9 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 from restormer3d import pretraining, scenes
@@ -19,6 +21,7 @@ from restormer3d import training as training_module
 from restormer3d.checkpoint import CheckpointError, load_weights, weights_notes
 from restormer3d.config import ModelConfig, TrainingConfig
 from restormer3d.pretraining import pretrain, stack_files
+from restormer3d.stacks import StackError
 
 from .conftest import TINY
 
@@ -220,3 +223,17 @@ def test_folders_are_searched_for_tiff(noisy_file, tmp_path):
 def test_nothing_to_train_on_is_said(training, tmp_path):
     with pytest.raises(ValueError, match="--simulate"):
         pretrain([], tmp_path, training, ModelConfig(**TINY))
+
+
+def test_a_recording_that_cannot_be_used_is_named_at_once(noisy_stack, training, tmp_path):
+    broken = noisy_stack.astype(np.float32)
+    broken[3, 2, 1] = np.nan
+    tifffile.imwrite(tmp_path / "broken.tif", broken)
+    with pytest.raises(StackError, match=r"broken\.tif: expected finite values"):
+        run(tmp_path / "run", training, [tmp_path / "broken.tif"])
+
+
+def test_a_run_does_not_go_on_with_other_data(noisy_file, training, tmp_path):
+    run(tmp_path / "run", training, [noisy_file])
+    with pytest.raises(CheckpointError, match="simulated_scenes = 50, asked for is 7"):
+        run(tmp_path / "run", training, [noisy_file], simulate=7, resume=True)

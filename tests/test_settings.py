@@ -109,12 +109,15 @@ def test_blind_spots_have_names(text, extent):
 
 @pytest.mark.parametrize("text", ["x2", "z3", "x", "3x", ""])
 def test_other_names_are_refused(text):
-    if text == "":
-        assert parse_blind_spot(text) == (0, 0, 0)
-        return
+    with pytest.raises(ValueError, match=r"blind spot .*: expected auto, point, or axes"):
+        parse_blind_spot(text)
 
 
 @pytest.mark.parametrize("symmetries", [2, 16])
 def test_other_numbers_of_symmetries_are_refused(symmetries):
     with pytest.raises(ValueError, match="symmetries"):
         settings("published", symmetries=symmetries)
+
+
+def test_a_warm_up_alone_is_training():
+    assert settings("published", "none", iterations=0).training.warmup_iterations > 0

@@ -19,6 +19,9 @@ from restormer3d.tiling import hann_weights, window_starts
 SIGMAS_T = (0.5, 1.0, 2.0, 3.0, 4.5, 7.0, 10.0, 14.0, 20.0, 30.0)
 SIGMAS_XY = (0.0, 0.5, 0.8, 1.0, 1.4, 2.0, 3.0)
 _FRAMES_AT_ONCE = 16
+_TRUNCATED = 4  # deviations, where a kernel ends
+_CHOICE_FRAMES, _CHOICE_SIDE = 400, 64  # of the pieces by which widths are chosen
+_SVD_SIDE = 16  # pixels
 _SVD_BYTES = 3 * 2**29  # most bytes of one temporal block of `svd_frames` in float32: 1.5 GiB
 _SVD_FRAMES = 1500  # most frames of a temporal block
 
@@ -30,14 +33,12 @@ def temporal_mean_frames(stack: Any) -> Iterator[np.ndarray]:
         yield image.copy()
 
 
-def gaussian_frames(
-    stack: Any, sigma_t: float, sigma_xy: float, truncate: float = 4.0, *, around_mean: bool = False
-) -> Iterator[np.ndarray]:
+def gaussian_frames(stack: Any, sigma_t: float, sigma_xy: float, *, around_mean: bool = False) -> Iterator[np.ndarray]:
     """Filter a stack with a spatio-temporal Gaussian and yield its frames in order.
 
     Borders are reflected with the edge repeated (d c b a | a b c d | d c b a), along time too, and the kernel ends
-    at ``truncate`` widths: the result is that of `scipy.ndimage.gaussian_filter`. Memory holds the
-    2 * truncate * sigma_t frames that a frame depends on, whatever the length of the stack.
+    at four widths: the result is that of `scipy.ndimage.gaussian_filter`. Memory holds the
+    8 * sigma_t frames that a frame depends on, whatever the length of the stack.
 
     Parameters
     ----------
@@ -45,8 +46,6 @@ def gaussian_frames(
         Noisy intensities.
     sigma_t, sigma_xy : float
         Standard deviations in frames and pixels; 0 leaves an axis alone.
-    truncate : float
-        Half-length of the kernels in standard deviations.
     around_mean : bool
         Filter only what differs from the temporal mean, whose detail is almost free of noise and stays sharp.
 
@@ -57,7 +56,7 @@ def gaussian_frames(
 
     """
     length, height, width = stack.shape
-    kernel, kernel_xy = _kernel(sigma_t, truncate), _kernel(sigma_xy, truncate)
+    kernel, kernel_xy = _kernel(sigma_t), _kernel(sigma_xy)
     reach = len(kernel) // 2
     detail = np.float32(0)
     if around_mean:
@@ -76,46 +75,37 @@ def gaussian_frames(
         yield from np.tensordot(weights, ring, axes=1) + detail
 
 
-def choose_gaussian(
-    stack: Any,
-    sigmas_t: tuple[float, ...] = SIGMAS_T,
-    sigmas_xy: tuple[float, ...] = SIGMAS_XY,
-    *,
-    around_mean: bool = False,
-    max_frames: int = 400,
-    side: int = 64,
-) -> tuple[float, float]:
+def choose_gaussian(stack: Any, *, around_mean: bool = False) -> tuple[float, float]:
     """Choose the widths of `gaussian_frames` that predict frames best from their neighbors alone.
 
     Every frame of a sample is predicted by the filter with the frame's own weight removed and the rest scaled up to
-    one. The noise is independent between frames, so the mean squared error is the noise plus the filter's error.
+    one. The noise is independent between frames, so the mean squared error is the noise plus the filter's error. Up to
+    four pieces of 400 x 64 x 64 in the middle of the stack along time are looked at.
 
     Parameters
     ----------
     stack : stack of shape (T, H, W)
         Noisy intensities, T at least 2.
-    sigmas_t, sigmas_xy : tuple of float
-        Widths to try, in frames (above 0) and pixels; `around_mean` as in `gaussian_frames`.
-    max_frames, side : int
-        Size of the up to four pieces that are looked at, in the middle of the stack along time.
+    around_mean : bool
+        As in :func:`gaussian_frames`.
 
     Returns
     -------
     tuple of float
-        (sigma_t, sigma_xy).
+        (sigma_t, sigma_xy), of :data:`SIGMAS_T` and :data:`SIGMAS_XY`.
     """
     length = stack.shape[0]
     if length < 2:
         raise ValueError("the widths are chosen by predicting frames from others: the stack has 1 frame, need 2")
-    count = min(length, max_frames)
+    count = min(length, _CHOICE_FRAMES)
     times = np.unique(np.linspace(0, count - 1, min(count, 80)).round().astype(int))
-    predictors = [_reflected(_kernel(sigma), times, count) for sigma in sigmas_t]
+    predictors = [_reflected(_kernel(sigma), times, count) for sigma in SIGMAS_T]
     for weights in predictors:
         weights[np.arange(len(times)), times] = 0
         weights /= weights.sum(axis=1, keepdims=True)
-    errors = np.zeros((len(sigmas_t), len(sigmas_xy)))
-    for piece in _pieces(stack, count, side):
-        for j, sigma_xy in enumerate(sigmas_xy):
+    errors = np.zeros((len(SIGMAS_T), len(SIGMAS_XY)))
+    for piece in _pieces(stack, count, _CHOICE_SIDE):
+        for j, sigma_xy in enumerate(SIGMAS_XY):
             blurred = _blurred(piece, _kernel(sigma_xy))
             target = piece[times]
             if around_mean:  # the mean, too, of the other frames alone
@@ -124,12 +114,11 @@ def choose_gaussian(
             for i, predictor in enumerate(predictors):
                 errors[i, j] += np.square(np.tensordot(predictor, blurred, axes=1) - target).sum(dtype=np.float64)
     best_t, best_xy = np.unravel_index(errors.argmin(), errors.shape)
-    return float(sigmas_t[best_t]), float(sigmas_xy[best_xy])
+    return SIGMAS_T[best_t], SIGMAS_XY[best_xy]
 
 
 def svd_frames(
     stack: Any,
-    block: int = 16,
     sigma_t: float = 2.0,
     sigma_xy: float = 0.5,
     *,
@@ -137,8 +126,8 @@ def svd_frames(
 ) -> Iterator[np.ndarray]:
     """Denoise by singular value decomposition of overlapping blocks and yield the frames in order.
 
-    What differs from the temporal mean is divided by the noise of each pixel, cut into blocks of ``block`` x
-    ``block`` pixels with half overlap; of every block only the components above the largest that noise alone
+    What differs from the temporal mean is divided by the noise of each pixel, cut into blocks of 16 x
+    16 pixels with half overlap; of every block only the components above the largest that noise alone
     would give are kept. The bound is that of random matrices (Marchenko and Pastur), raised by what differences of
     frames show beyond it, since neighboring pixels may share noise. The kept components are smoothed; if they
     are not (both widths 0), their singular values are shrunk instead. The temporal mean is never blurred.
@@ -150,8 +139,6 @@ def svd_frames(
     ----------
     stack : stack of shape (T, H, W)
         Noisy intensities.
-    block : int
-        Height and width of a block, pixels.
     sigma_t, sigma_xy : float
         Small Gaussian on the kept components, in frames and pixels.
     progress : function, optional
@@ -176,7 +163,7 @@ def svd_frames(
             if progress is not None:
                 progress("svd", number * total + done, len(starts) * total)
 
-        denoised = _svd_block(stack[start : start + count], block, (sigma_t, sigma_xy), report)
+        denoised = _svd_block(stack[start : start + count], _SVD_SIDE, (sigma_t, sigma_xy), report)
         fade = ((np.arange(len(tail), dtype=np.float32) + 0.5) / max(1, len(tail)))[:, None, None]
         denoised[: len(tail)] = fade * denoised[: len(tail)] + (1 - fade) * tail
         stop = starts[number + 1] - start if number + 1 < len(starts) else count
@@ -251,11 +238,11 @@ def _components(white: np.ndarray, excess: float, shrink: bool) -> tuple[np.ndar
     return basis * gain, basis.T @ white
 
 
-def _kernel(sigma: float, truncate: float = 4.0) -> np.ndarray:
+def _kernel(sigma: float) -> np.ndarray:
     """Gaussian weights that add up to one, float32, of odd length."""
     if not sigma >= 0:
         raise ValueError(f"the width of a Gaussian must be 0 or more, got {sigma}")
-    reach = int(truncate * sigma + 0.5)
+    reach = int(_TRUNCATED * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-6)) ** 2)
     return (weights / weights.sum()).astype(np.float32)
 

@@ -29,12 +29,12 @@ SHIPPED_WEIGHTS = "restormer3d.safetensors"
 IMAGE_WEIGHTS = "static_image.safetensors"
 FOOTPRINT_WEIGHTS = "footprints.safetensors"
 COURSE_WEIGHTS = "courses.safetensors"
-SMALL_NETWORKS: dict[type[UNet], str] = {
-    ImageNetwork: IMAGE_WEIGHTS,
-    FootprintNetwork: FOOTPRINT_WEIGHTS,
-    CourseNetwork: COURSE_WEIGHTS,
+SMALL_NETWORKS: dict[str, type[UNet]] = {
+    IMAGE_WEIGHTS: ImageNetwork,
+    FOOTPRINT_WEIGHTS: FootprintNetwork,
+    COURSE_WEIGHTS: CourseNetwork,
 }
-"""The file of each network that denoises a part of a recording."""
+"""Kinds of networks that denoise a part of a recording, by the names of their files."""
 
 AnyUNet = TypeVar("AnyUNet", bound=UNet)
 
@@ -101,7 +101,7 @@ def load_weights(path: str | Path) -> Restormer3D:
             f"{path}: expected a safetensors file written by restormer3d, found something else ({error})"
         ) from error
     if "model_config" not in header:
-        if path.name in SMALL_NETWORKS.values():
+        if path.name in SMALL_NETWORKS:
             raise CheckpointError(f"{path}: weights of a small network; give their folder: --weights {path.parent}")
         raise CheckpointError(
             f"{path}: a safetensors file, but of another program: its header has no model_config. "
@@ -164,7 +164,8 @@ def small_network(kind: type[AnyUNet], folder: Path | None = None) -> AnyUNet:
 
     With the weights in a folder or in the package; read once, and again when the file has changed.
     """
-    path = network_file(SMALL_NETWORKS[kind], folder)
+    name = next(name for name, network in SMALL_NETWORKS.items() if network is kind)
+    path = network_file(name, folder)
     return _read(path, path.stat().st_mtime_ns, kind)
 
 

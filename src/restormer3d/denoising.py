@@ -31,14 +31,14 @@ from restormer3d.footprints import denoise_footprints
 from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import NoiseEstimate, estimate_noise
+from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, networks_record, weights_record
-from restormer3d.stacks import check_stack, to_dtype
+from restormer3d.stacks import check_stack, finished_frames
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
 from restormer3d.stimulus_light import put_back, take_light_away
 from restormer3d.training import fit
@@ -91,8 +91,8 @@ def array_and_record(
     output = np.empty(stack.shape, stack.dtype)
     with forced_engine(chosen.engine):  # frames are computed as they are asked for
         result = start_denoising(stack, chosen, method, torch_device(device), seconds, progress, say, pretrained)
-        for t, frame in enumerate(result.frames):
-            output[t] = to_dtype(frame, stack.dtype)[0]
+        for t, frame in enumerate(finished_frames(result.frames, stack.shape, stack.dtype)):
+            output[t] = frame
     return output, result.record
 
 
@@ -309,7 +309,7 @@ def _added_noise(source: TrainingStack, noise: NoiseEstimate | None, say: Say) -
     if noise is None or source.stack.shape[0] < LEAST_FRAMES:
         say(f"{source.stack.shape[0]} frames are too few to tell components from noise: that step is left out")
         return None
-    if any(source.noise_correlation[0][1:]):
+    if any(abs(r) > LEAK_THRESHOLD for r in source.noise_correlation[0][1:]):
         say("the noise of consecutive frames is correlated: components cannot be told from it, that step is left out")
         return None
     variance = noise.variance(source.normalization.invert(source.mean))

@@ -18,6 +18,7 @@ from restormer3d.metrics import evaluate_stacks
 from restormer3d.progress import Progress, Say
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
 from restormer3d.settings import Settings
+from restormer3d.sidecar import as_json
 from restormer3d.simulation import NoisyScene, simulate_scene, write_scene
 from restormer3d.stacks import StackError, TiffStack, open_stack
 
@@ -123,18 +124,7 @@ def evaluate_real(
 def write_json(path: Path, scores: dict[str, Any]) -> None:
     """Write scores to a JSON file; what is undefined (NaN) becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(scores), indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, arrays and NaN as JSON knows them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+    path.write_text(json.dumps(as_json(scores), indent=2) + "\n")
 
 
 def _same_shape(clean: TiffStack, other: TiffStack) -> None:

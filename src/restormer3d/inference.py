@@ -57,7 +57,7 @@ def denoise_frames(
     mixture : numpy.ndarray, optional
         Weights of filters for this stack instead of the model's; see `patches.TrainingStack`.
     device : str or torch.device
-        Where to compute. Beside the model it holds two window depths of frames.
+        Where to compute. Beside the model it holds four window depths of frames: noisy, blended, done, on their way.
     precision : {"fp32", "tf32", "bf16"}
         Of the network's arithmetic; windows are blended in float32.
     progress : function, optional
@@ -98,12 +98,12 @@ def denoise_frames(
         kept = slice(max(0, -start), max(0, min(done, frames - start)))
         # Frames leave one position late, so that a GPU computes the next while they are on their way.
         if arriving is not None:
-            yield from normalization.invert(arriving()).astype(np.float32)
+            yield from (normalization.invert(frame).astype(np.float32) for frame in arriving())
         arriving = _to_host(finished[kept])
         _shift(blended, done)
         _shift(weight, done)
     if arriving is not None:
-        yield from normalization.invert(arriving()).astype(np.float32)
+        yield from (normalization.invert(frame).astype(np.float32) for frame in arriving())
 
 
 def window_size(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, int, int]:

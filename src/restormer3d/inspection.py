@@ -8,7 +8,7 @@ from typing import Any
 
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
-from restormer3d.normalization import estimate_normalization
+from restormer3d.normalization import estimate_normalization, sampled_percentiles
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
 from restormer3d.stimulus_light import take_light_away
@@ -38,7 +38,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         seen, light, measured = take_light_away(stack)
         noise = estimate_noise(seen, frames=measured)
         percentiles = (0.5, 50.0, 99.5)
-        values = [estimate_normalization(stack, percentiles=(low, 100.0)).low for low in percentiles]
+        values = sampled_percentiles(stack, percentiles)
         return {
             "file": str(path),
             "shape": stack.shape,

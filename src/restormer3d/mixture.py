@@ -28,6 +28,7 @@ _OVERLAP = 0.25  # of the windows that are looked at
 _ROUNDS = 10  # of the expectation-maximization
 _FIRST_SPREAD = 0.15  # standard deviation of a weight over scenes, before any is seen
 _RIDGE = 1e-5
+_LEAST_CHANGE = 0.05  # of noise from frame to frame, relative to noise without a memory
 _OWN_PENALTY = 100.0  # on weight for a voxel itself: no sum over noise is known well enough to trust it freely
 
 
@@ -194,7 +195,7 @@ def _window_sums(model: Restormer3D, source: TrainingStack, place: list[slice], 
     bank = filter_bank(noisy, background, *widths)
     variance = pixel_variance(noisy)[0, 0, 0]  # (H, W)
     weight = (variance > 0) / noise_variance(noisy)[0, 0, 0]  # a border of zeros has nothing to say
-    variance /= 1 - sum(source.noise_correlation[0][1:2])
+    variance /= max(1 - sum(source.noise_correlation[0][1:2]), _LEAST_CHANGE)
     share = own_noise(bank, background[:, 1:2, :, :1, :1], *widths, source.noise_correlation)[0].permute(1, 2, 0)
     own = share * (frames * variance * weight).sqrt().unsqueeze(2)  # (H, W, N)
     by_noise = frames * share * variance.unsqueeze(2) if target is source.stack else torch.zeros_like(share)

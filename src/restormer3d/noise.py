@@ -18,6 +18,7 @@ _RUN = 12  # consecutive frames read together
 _MAX_LAG = 6  # frames between which differences are taken
 _CLIPPED_BIN = 0.05  # a bin with more clipped samples than this has visibly lost variance
 _TINY = 1e-30
+_MOST_FRAMES, _MOST_SIDE = 240, 256  # that are looked at
 _TIME_LAGS = 2
 _SPACE_LAGS = 3
 
@@ -67,25 +68,18 @@ class NoiseEstimate:
         return self.gain * np.maximum(mean - self.offset, 0) + self.read_noise_variance
 
 
-def estimate_noise(
-    stack: Any, max_frames: int = 240, max_side: int = 256, frames: np.ndarray | None = None
-) -> NoiseEstimate:
+def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimate:
     """Estimate gain, read noise and noise correlation from differences of frames.
 
-    Up to ``max_frames / 12`` evenly spaced runs of 12 consecutive frames are read, from the central
-    ``max_side`` x ``max_side`` pixels. Runs with a jump of the field are left out. Active pixels and moving
-    edges are outvoted by medians; bins of intensity that clipping has narrowed are left out of the line.
-    The variance is extrapolated from differences over one and more frames to no delay at all, so that slow
-    signal does not count as noise.
+    Up to 20 evenly spaced runs of 12 consecutive frames are read, from the central 256 x 256 pixels, without those that
+    never change. Runs with a jump of the field are left out. Active pixels and moving edges are outvoted by medians;
+    bins of intensity that clipping has narrowed are left out of the line. The variance is extrapolated from differences
+    over one and more frames to no delay at all, so that slow signal does not count as noise.
 
     Parameters
     ----------
     stack : stack of shape (T, H, W)
         Noisy intensities; T at least 2.
-    max_frames : int
-        Most frames to read.
-    max_side : int
-        Largest height and width that is looked at, pixels.
     frames : numpy.ndarray of int, optional
         Numbers of the frames to look at, increasing, at least 2; all by default. Runs go on over what is left out.
 
@@ -105,56 +99,56 @@ def estimate_noise(
     if stack.shape[0] < 2:
         raise ValueError(f"the noise is estimated from differences of frames: got {stack.shape[0]} frame, need 2")
     looked_at = np.arange(stack.shape[0]) if frames is None else frames
-    sample = _still_runs(_read_runs(stack, looked_at, max_frames, max_side))  # (runs, frames of a run, h, w)
+    sample = _still_runs(_read_runs(stack, looked_at))  # (runs, frames of a run, h, w)
     mean = sample.mean(axis=(0, 1), dtype=np.float64)
     growth = _squared_differences(sample)  # (lags, h, w)
+    changes = growth[0] > 0
+    if not changes.any():
+        changes[:] = True
     clipped = ((sample == sample.min()) | (sample == sample.max())).mean(axis=(0, 1))
     pairs = sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
     usual = usual_variance(mean, growth[0], pairs)
-    over_time = _time_correlation(growth / usual)
+    over_time = _time_correlation((growth / usual)[:, changes])
     variance = _at_lag_zero(growth, memory=max(np.abs(over_time)) > LEAK_THRESHOLD)
-    gain, intercept = _robust_line(*_bins_by_mean(mean, variance, clipped, pairs))
+    gain, intercept = _robust_line(*_bins_by_mean(mean[changes], variance[changes], clipped[changes], pairs))
     offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
     differences = np.diff(sample, axis=1).reshape(-1, *mean.shape) / np.sqrt(2 * usual, dtype=np.float32)
     return NoiseEstimate(
         gain=gain,
         read_noise_variance=max(0.0, intercept),
         offset=offset,
-        photons_per_pixel=(float(np.median(mean)) - offset) / gain if gain > 0 else None,
+        photons_per_pixel=(float(np.median(mean[changes])) - offset) / gain if gain > 0 else None,
         correlation={
             "t": over_time,
-            "y": _space_correlation(differences.swapaxes(1, 2)),
-            "x": _space_correlation(differences),
+            "y": _space_correlation(differences.swapaxes(1, 2), changes.T),
+            "x": _space_correlation(differences, changes),
         },
         standard_error=4 / float(np.sqrt(differences.size)),
         clipped_fraction=float(clipped.mean()),
     )
 
 
-def blind_spot_extent(estimate: NoiseEstimate, threshold: float = LEAK_THRESHOLD) -> tuple[int, int, int]:
+def blind_spot_extent(estimate: NoiseEstimate) -> tuple[int, int, int]:
     """Return how many neighbors on each side the blind spot has to cover along t, y and x.
 
     A hidden voxel whose two neighbors carry its noise with correlation r can be predicted from them up to a share
-    of 2 r^2 of its noise variance, and a network learns to keep that share. The default threshold, 0.08, bounds
-    the share by 1.3 %. Residual signal in the differences moves the estimate by up to about 0.04, well below it;
-    for stacks so small that the sampling error is larger, twice that error is the bound. Where a detector smears
-    along y or x, the next lags are what its filter leaves there, and count from 0.025 on: less than that held-out
-    voxels do not reward.
+    of 2 r^2 of its noise variance, and a network learns to keep that share. :data:`LEAK_THRESHOLD`, 0.08, bounds the
+    share by 1.3 %. Residual signal in the differences moves the estimate by up to about 0.04, well below it; for stacks
+    so small that the sampling error is larger, twice that error is the bound. Where a detector smears along y or x, the
+    next lags are what its filter leaves there, and count from 0.025 on: less than that held-out voxels do not reward.
 
     Parameters
     ----------
     estimate : NoiseEstimate
         From `estimate_noise`.
-    threshold : float
-        Smallest correlation, of either sign, that counts.
 
     Returns
     -------
     tuple of int
         Half-extents (t, y, x): 0 covers the voxel alone, 1 one neighbor on each side.
     """
-    bound = max(threshold, 2 * estimate.standard_error)
-    tail = max(min(_TAIL, threshold), 2 * estimate.standard_error)
+    bound = max(LEAK_THRESHOLD, 2 * estimate.standard_error)
+    tail = max(_TAIL, 2 * estimate.standard_error)
     extents = []
     for axis in "tyx":
         correlation = estimate.correlation[axis]
@@ -182,7 +176,8 @@ def neighbor_correlation(
 def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.ndarray:
     """Replace the variance of every pixel by what is usual among pixels of its mean intensity.
 
-    Unlike the straight line of `estimate_noise` it follows the bend that clipping at zero makes.
+    Unlike the straight line of `estimate_noise` it follows the bend that clipping at zero makes. Pixels whose variance
+    is 0, such as a black border, count for nothing.
 
     Parameters
     ----------
@@ -198,16 +193,17 @@ def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.nda
     numpy.ndarray
         Noise variance, (H, W), above 0.
     """
-    means, variances, _ = _bins_by_mean(mean, variance, np.zeros_like(mean), pairs)
+    changes = variance > 0 if variance.any() else np.ones(variance.shape, bool)
+    means, variances, _ = _bins_by_mean(mean[changes], variance[changes], np.zeros(int(changes.sum())), pairs)
     return np.maximum(np.interp(mean, means, variances), max(1e-6 * variances.max(), _TINY))
 
 
-def _read_runs(stack: Any, frames: np.ndarray, max_frames: int, max_side: int) -> np.ndarray:
+def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
     height, width = stack.shape[1:]
     run = min(_RUN, len(frames))
-    count = max(1, min(max_frames, len(frames)) // run)
-    top, left = max(0, height - max_side) // 2, max(0, width - max_side) // 2
-    field = slice(top, top + min(height, max_side)), slice(left, left + min(width, max_side))
+    count = max(1, min(_MOST_FRAMES, len(frames)) // run)
+    top, left = max(0, height - _MOST_SIDE) // 2, max(0, width - _MOST_SIDE) // 2
+    field = slice(top, top + min(height, _MOST_SIDE)), slice(left, left + min(width, _MOST_SIDE))
     starts = np.linspace(0, len(frames) - run, count).astype(int)
     runs = (frames[a : a + run] for a in starts)
     return np.stack([stack[t[0] : t[-1] + 1, *field][t - t[0]].astype(np.float32) for t in runs])
@@ -296,8 +292,10 @@ def _middle_mean(values: np.ndarray) -> float:
     return float(values[(values >= low) & (values <= high)].mean())
 
 
-def _space_correlation(differences: np.ndarray) -> tuple[float, ...]:
+def _space_correlation(differences: np.ndarray, changes: np.ndarray) -> tuple[float, ...]:
     """Correlation along the last axis of unit-variance differences, less what stays at lags 5 to 8.
+
+    Of pixels (H, W) that change, in the differences (n, H, W); a border that is black tells nothing.
 
     What stays there is common to whole regions (flicker, neuropil, line noise), not the detector's smearing of one
     pixel into the next.
@@ -305,10 +303,12 @@ def _space_correlation(differences: np.ndarray) -> tuple[float, ...]:
     width = differences.shape[2]
 
     def at(lag: int) -> float:
-        return _middle_mean((differences[..., lag:] * differences[..., :-lag]).mean(axis=0))
+        both = changes[:, lag:] & changes[:, :-lag]
+        products = (differences[..., lag:] * differences[..., :-lag]).mean(axis=0)
+        return _middle_mean(products[both]) if both.any() else float("nan")
 
     far = [at(lag) for lag in range(5, 9) if 2 * lag <= width]
-    slow = float(np.mean(far)) if far else 0.0
+    slow = float(np.nanmean(far)) if np.isfinite(far).any() else 0.0
     return tuple(at(lag) - slow if lag < width else float("nan") for lag in range(1, _SPACE_LAGS + 1))
 
 

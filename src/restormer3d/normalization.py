@@ -15,6 +15,7 @@ import numpy as np
 from restormer3d.threads import thread_count
 
 _COLLECT_VALUES = 2**24  # most values held for the percentiles of 32- and 64-bit stacks (float64: 128 MiB)
+_MEDIAN_FRAMES, _FRAMES_PER_READ = 500, 16
 _STRIP_BYTES = 2**27  # most bytes of one row strip in `temporal_median`; its working copies stay far smaller
 
 
@@ -107,11 +108,7 @@ def estimate_normalization(
     ValueError
         If the stack is constant, or holds NaN or infinite values.
     """
-    frames = sample_frames(stack.shape[0], max_frames)
-    if stack.dtype.kind in "iub" and stack.dtype.itemsize <= 2:
-        low, high = _histogram_percentiles(stack, frames, percentiles)
-    else:
-        low, high = _collected_percentiles(stack, frames, percentiles)
+    low, high = sampled_percentiles(stack, percentiles, max_frames)
     if not high > low:
         low, high = _extremes(stack)
     if not high > low:
@@ -122,7 +119,21 @@ def estimate_normalization(
     return Normalization(low, high)
 
 
-def _histogram_percentiles(stack: Any, frames: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+def sampled_percentiles(stack: Any, percentiles: tuple[float, ...], max_frames: int = 300) -> tuple[float, ...]:
+    """Return percentiles of a sample of a stack's frames, as :func:`estimate_normalization` takes them.
+
+    Raises
+    ------
+    ValueError
+        If the sample holds NaN or infinite values.
+    """
+    frames = sample_frames(stack.shape[0], max_frames)
+    if stack.dtype.kind in "iub" and stack.dtype.itemsize <= 2:
+        return _histogram_percentiles(stack, frames, percentiles)
+    return _collected_percentiles(stack, frames, percentiles)
+
+
+def _histogram_percentiles(stack: Any, frames: np.ndarray, percentiles: tuple[float, ...]) -> tuple[float, ...]:
     offset = int(np.iinfo(stack.dtype).min) if stack.dtype.kind in "iu" else 0
     values = 2 ** (8 * stack.dtype.itemsize)
 
@@ -137,18 +148,16 @@ def _histogram_percentiles(stack: Any, frames: np.ndarray, percentiles: tuple[fl
     positions = np.asarray(percentiles) / 100 * (ends[-1] - 1)
     below = np.searchsorted(ends, np.floor(positions), side="right") + offset
     above = np.searchsorted(ends, np.ceil(positions), side="right") + offset
-    low, high = below + (above - below) * (positions - np.floor(positions))
-    return float(low), float(high)
+    return tuple((below + (above - below) * (positions - np.floor(positions))).tolist())
 
 
-def _collected_percentiles(stack: Any, frames: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+def _collected_percentiles(stack: Any, frames: np.ndarray, percentiles: tuple[float, ...]) -> tuple[float, ...]:
     pixels = stack.shape[1] * stack.shape[2]
     step = -(-pixels * len(frames) // _COLLECT_VALUES)
     values = np.concatenate([stack[t].ravel()[k % step :: step] for k, t in enumerate(frames)])
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("the stack holds NaN or infinite values: replace them before denoising")
-    low, high = np.percentile(values.astype(np.float64, copy=False), percentiles, overwrite_input=True)
-    return float(low), float(high)
+    return tuple(np.percentile(values.astype(np.float64, copy=False), percentiles, overwrite_input=True).tolist())
 
 
 def _extremes(stack: Any) -> tuple[float, float]:
@@ -156,8 +165,8 @@ def _extremes(stack: Any) -> tuple[float, float]:
     return float(min(low for low, _ in limits)), float(max(high for _, high in limits))
 
 
-def temporal_median(stack: Any, max_frames: int = 500) -> np.ndarray:
-    """Return the median over time of every pixel, from up to ``max_frames`` evenly spaced frames.
+def temporal_median(stack: Any) -> np.ndarray:
+    """Return the median over time of every pixel, from up to 500 evenly spaced frames.
 
     Rows are read in strips small enough that no array exceeds 128 MiB; a stack that is small enough is read
     once only.
@@ -166,8 +175,6 @@ def temporal_median(stack: Any, max_frames: int = 500) -> np.ndarray:
     ----------
     stack : stack of shape (T, H, W)
         Noisy intensities.
-    max_frames : int
-        Most frames to read.
 
     Returns
     -------
@@ -175,7 +182,7 @@ def temporal_median(stack: Any, max_frames: int = 500) -> np.ndarray:
         Median image, shape (H, W), float32.
     """
     length, height, width = stack.shape
-    frames = sample_frames(length, max_frames)
+    frames = sample_frames(length, _MEDIAN_FRAMES)
     rows = max(1, _STRIP_BYTES // (len(frames) * width * stack.dtype.itemsize))
     image = np.empty((height, width), dtype=np.float32)
     with ThreadPoolExecutor(thread_count()) as pool:
@@ -191,15 +198,13 @@ def _median_of_row(row: np.ndarray) -> np.ndarray:
     return np.median(np.ascontiguousarray(row.T), axis=1, overwrite_input=True)
 
 
-def temporal_mean(stack: Any, frames_per_read: int = 16) -> np.ndarray:
+def temporal_mean(stack: Any) -> np.ndarray:
     """Return the mean over time of every pixel, summed in float64 over all frames.
 
     Parameters
     ----------
     stack : stack of shape (T, H, W)
         Noisy intensities.
-    frames_per_read : int
-        Frames held in memory at once.
 
     Returns
     -------
@@ -207,6 +212,6 @@ def temporal_mean(stack: Any, frames_per_read: int = 16) -> np.ndarray:
         Mean image, shape (H, W), float32.
     """
     total = np.zeros(stack.shape[1:], dtype=np.float64)
-    for start in range(0, stack.shape[0], frames_per_read):
-        total += stack[start : start + frames_per_read].sum(axis=0, dtype=np.float64)
+    for start in range(0, stack.shape[0], _FRAMES_PER_READ):
+        total += stack[start : start + _FRAMES_PER_READ].sum(axis=0, dtype=np.float64)
     return (total / stack.shape[0]).astype(np.float32)

@@ -146,7 +146,7 @@ def fit_to_time(
 
 def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, seconds: float) -> bool:
     """Whether what :func:`fit_to_time` chose ends within `seconds`, with a network that has been trained at all."""
-    trained = chosen.weights is not None or chosen.training.iterations > 0
+    trained = chosen.weights is not None or chosen.training.warmup_iterations + chosen.training.iterations > 0
     return trained and _inference_seconds(shape, chosen.inference, calibration) <= seconds * _SAFETY
 
 
@@ -186,7 +186,7 @@ def estimate(
     frames = 4 * shape[1] * shape[2]
     inference = chosen.inference
     window = window_size(shape, inference)
-    held = 3 * window[0]
+    held = 4 * window[0]
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + (7 + (inference.footprints or inference.courses)) * chunk_frames(shape)
     if inference.static_image:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from restormer3d.checkpoint import CheckpointError, save_history, save_weights
+from restormer3d.checkpoint import CheckpointError, save_history, save_weights, weights_notes
 from restormer3d.config import InferenceConfig, ModelConfig, Precision, TrainingConfig
 from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
@@ -27,7 +27,7 @@ from restormer3d.patches import TrainingStack, measured_stack, training_stack
 from restormer3d.progress import Progress
 from restormer3d.scenes import Scenes, adapted, scenes_ahead, simulated
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.stacks import open_stack
+from restormer3d.stacks import check_stack, open_stack
 from restormer3d.thinning import prepare_thinning
 from restormer3d.training import fit
 
@@ -112,18 +112,19 @@ def pretrain(
     if workers < 0:
         raise ValueError(f"expected workers of at least 0, got {workers}")
     part_of_batch(training.batch_size)  # refuses, if it has to, before stacks are read
+    for file in files:
+        with open_stack(file) as stack:
+            check_stack(stack)  # here, where the error names the file, and not hours later
     board = _tensorboard() if tensorboard else None
     state = run_folder / "state.pt"
     if state.exists() and not resume:
         raise CheckpointError(f"{run_folder}: holds a run already; go on with --resume, or choose another folder")
     run_folder.mkdir(parents=True, exist_ok=True)
     path = run_folder / "weights.safetensors"
-    notes = {
-        "stacks": [file.name for file in files],
-        "simulated_scenes": simulate,
-        "scene_shape": scene_shape,
-        "training": training.model_dump(),
-    }
+    data = {"stacks": [file.name for file in files], "simulated_scenes": simulate, "scene_shape": list(scene_shape)}
+    if state.exists() and path.is_file():
+        _refuse_other_data(path, data)
+    notes = data | {"training": training.model_dump()}
 
     def keep(history: list[dict[str, Any]], model: Restormer3D) -> None:
         history[-1]["validation"] = validate(model, training.patch, device, precision)
@@ -159,6 +160,17 @@ def pretrain(
     return path
 
 
+def _refuse_other_data(weights: Path, data: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was trained on something else, by the notes in its weights."""
+    before = weights_notes(weights)
+    if changed := [name for name, value in data.items() if before.get(name) != value]:
+        name = changed[0]
+        raise CheckpointError(
+            f"{weights.parent}: its run has {name} = {before.get(name)}, asked for is {data[name]}; "
+            "go on with what it had, or choose another folder"
+        )
+
+
 def _keep(run_folder: Path, history: list[dict[str, Any]], model: Restormer3D, notes: dict[str, Any]) -> None:
     """Write the last weights, the best if these are, and the history, each in one step."""
     notes = notes | {"iteration": history[-1]["iteration"], "last": history[-1]}
@@ -169,7 +181,7 @@ def _keep(run_folder: Path, history: list[dict[str, Any]], model: Restormer3D, n
 
 
 def _is_best(history: list[dict[str, Any]]) -> bool:
-    """Whether the last entry's mean validation stSNR over the noise levels is above all earlier ones."""
+    """Whether the last entry's mean validation score, stSNR and activity SNR of all noise levels, is the best one."""
     *earlier, last = [float(np.mean(list(entry["validation"].values()))) for entry in history if "validation" in entry]
     return all(last > score for score in earlier)
 

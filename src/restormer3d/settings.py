@@ -152,7 +152,7 @@ def settings(
     )
     if source is None:
         model = _changed(model, file.get("model", {}))
-        if training.iterations == 0:
+        if training.warmup_iterations + training.iterations == 0:
             raise ValueError("no weights and no iterations would leave the network untrained: give one of the two")
     inference = _changed(inference, file.get("inference", {}), windows)
     steps = (inference.static_image, inference.footprints, inference.courses)
@@ -170,7 +170,10 @@ def pretraining_settings(
     seed: int | None = None,
     config_file: str | Path | None = None,
 ) -> tuple[ModelConfig, TrainingConfig]:
-    """Settings of a pretraining: the page's (50,000 iterations, batch 4), then the file's, then single arguments.
+    """Settings of a pretraining: the page's, then the file's, then single arguments.
+
+    The page has 2,000 iterations of warm-up, 48,000 of Noise2Void and L1. "default" leaves the warm-up out, as its
+    network starts from filters, and keeps the loss that knows the noise, its patches and its masks.
 
     Raises
     ------
@@ -198,7 +201,7 @@ def parse_blind_spot(text: str) -> str | tuple[int, int, int]:
     if text == "auto":
         return text
     reach = {"t": 0, "y": 0, "x": 0}
-    parts = [] if text == "point" else [text[i : i + 2] for i in range(0, len(text), 2)]
+    parts = [] if text == "point" else [text[i : i + 2] for i in range(0, max(len(text), 1), 2)]
     for part in parts:
         if len(part) != 2 or part[0] not in reach or part[1] not in "3579":
             raise ValueError(
@@ -251,11 +254,11 @@ def _weights_files(recipe_name: Recipe, weights: str | Path | None) -> tuple[Pat
         return (usual if weights is None else None), None
     if not Path(weights).is_dir():
         return Path(weights), None
-    names = (SHIPPED_WEIGHTS, *SMALL_NETWORKS.values())
+    names = (SHIPPED_WEIGHTS, *SMALL_NETWORKS)
     found = [name for name in names if (Path(weights) / name).is_file()]
     if not found:
         raise ValueError(f"{weights}: expected a weights file, or a folder with any of {', '.join(names)}")
-    for kind in SMALL_NETWORKS:
+    for kind in SMALL_NETWORKS.values():
         small_network(kind, Path(weights))  # what cannot be read is refused here, not after training
     return (Path(weights) / SHIPPED_WEIGHTS if SHIPPED_WEIGHTS in found else usual), Path(weights)
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from restormer3d import ops
@@ -21,6 +22,19 @@ from restormer3d.settings import Settings
 from restormer3d.stacks import StackCheck, TiffStack
 
 _LOSS_POINTS = 200  # entries of the loss curve
+
+
+def as_json(value: Any) -> Any:
+    """Turn a record into what JSON knows: numpy's numbers and arrays, paths; what is undefined (NaN) becomes null."""
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [as_json(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def sidecar(

@@ -59,7 +59,7 @@ def hann_weights(window: int) -> np.ndarray:
     return (np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2).astype(np.float32)
 
 
-def gaussian_weights(window: int, sigma: float = 0.3) -> np.ndarray:
-    """Gaussian weights along a spatial axis, (window,) float32, `sigma` as a share of the window."""
+def gaussian_weights(window: int) -> np.ndarray:
+    """Gaussian weights along a spatial axis, (window,) float32, 0.3 of the window wide."""
     position = (np.arange(window) + 0.5) / window - 0.5
-    return np.exp(-0.5 * (position / sigma) ** 2).astype(np.float32)
+    return np.exp(-0.5 * (position / 0.3) ** 2).astype(np.float32)

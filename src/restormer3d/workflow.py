@@ -21,7 +21,7 @@ from restormer3d.config import Engine, Method, Precision, Recipe
 from restormer3d.denoising import array_and_record, start_denoising
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings, settings
-from restormer3d.sidecar import sidecar
+from restormer3d.sidecar import as_json, sidecar
 from restormer3d.stacks import TiffStack, check_folder, check_output, check_stack, open_stack, write_stack
 
 # What one stack may run into without taking the others along.
@@ -110,6 +110,8 @@ def denoise(
         engine=engine,
     )
     with nullcontext(stack) if isinstance(stack, np.ndarray) else open_stack(stack) as source:
+        if isinstance(source, TiffStack):
+            check_stack(source)  # while errors can name the file
         noisy = _readable(source) if isinstance(source, TiffStack) else source
         denoised, record = array_and_record(
             noisy, chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
@@ -177,9 +179,18 @@ def denoise_files(
                 source, target, chosen, method, on, share, overwrite, save_weights_to, pretrained, progress, say
             )
         except FAILURES as error:
-            failures[source] = error
             say(f"failed: {_reason(source, error)}")
+            failures[source] = _without_frames(error)
     return failures
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Let go of what the frames of an error's traceback hold: gigabytes of a stack, or a GPU's memory."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link.__traceback__, link = None, link.__cause__ or link.__context__
+    return error
 
 
 def share_of_time(stacks: list[Path], deadline: float) -> float:
@@ -243,7 +254,7 @@ def _denoise_file(
         )
         record = sidecar(stack, check, target, asdict(written), result.record, messages, time.monotonic() - started)
     with replacing(beside) as part:
-        part.write_text(json.dumps(record, indent=2, default=str) + "\n")
+        part.write_text(json.dumps(as_json(record), indent=2, allow_nan=False) + "\n")
     if save_weights_to is not None and result.model is not None:
         save_weights(save_weights_to, result.model, {"fine_tuned_on": source.name, **result.record["settings"]})
     elif save_weights_to is not None:

@@ -66,6 +66,8 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         tasks = {}
 
         def report(stage: str, done: int, total: int) -> None:
+            for other in set(tasks) - {stage}:  # a stage may end early, as training does
+                bars.remove_task(tasks.pop(other))
             if stage not in tasks:
                 tasks[stage] = bars.add_task(_STAGES.get(stage, stage), total=total, rate="")
             speed = bars.tasks[bars.task_ids.index(tasks[stage])].speed

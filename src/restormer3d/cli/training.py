@@ -38,6 +38,10 @@ def pretrain(
 ) -> None:
     """Train weights on many noisy stacks, recorded or simulated; never on a clean target.
 
+    By default as the algorithm's page says, by Noise2Void. The shipped weights learned from pairs of noisy recordings
+    of simulated scenes instead, to which the mixture of filters is fitted as well: simulated_target =
+    "second_recording" under [training] in the configuration file.
+
     Several processes share the batch under torchrun: `torchrun --nproc-per-node 2 -m restormer3d.cli pretrain ...`.
 
     Parameters

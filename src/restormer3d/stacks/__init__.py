@@ -3,7 +3,7 @@
 from restormer3d.stacks.chain import StackError
 from restormer3d.stacks.check import StackCheck, check_stack
 from restormer3d.stacks.read import TiffStack, open_stack
-from restormer3d.stacks.write import WriteSummary, check_folder, check_output, to_dtype, write_stack
+from restormer3d.stacks.write import WriteSummary, check_folder, check_output, finished_frames, to_dtype, write_stack
 
 __all__ = [
     "StackCheck",
@@ -13,6 +13,7 @@ __all__ = [
     "check_folder",
     "check_output",
     "check_stack",
+    "finished_frames",
     "open_stack",
     "to_dtype",
     "write_stack",

@@ -39,7 +39,7 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     ----------
     stack : TiffStack or ndarray of shape (T, H, W)
     progress : callable, optional
-        Called with the number of frames read since the last call.
+        Called with the number of frames read so far.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
                 first_bad = start + int(wrong.any(axis=(1, 2)).argmax()) if first_bad < 0 else first_bad
             hashing.result()
             if progress is not None:
-                progress(len(frames))
+                progress(start + len(frames))
     if bad:
         raise StackError(
             f"{name}: expected finite values, found {bad} voxels of NaN or infinity, the first in frame {first_bad}. "

@@ -107,7 +107,7 @@ def write_stack(
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         with _named_os_errors(path.parent, file_bytes(shape, dtype)):
-            _write_pages(part, _finished(frames, shape, dtype, clipped), options, shape, dtype, like)
+            _write_pages(part, finished_frames(frames, shape, dtype, clipped), options, shape, dtype, like)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             page_chain(part)
@@ -216,10 +216,18 @@ def _write_pages(
             writer.write(frame, **options.page)
 
 
-def _finished(
-    frames: Iterable[NDArray[Any]], shape: tuple[int, int, int], dtype: np.dtype, clipped: NDArray[np.int64]
+def finished_frames(
+    frames: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype, clipped: NDArray[np.int64] | None = None
 ) -> Iterator[NDArray[Any]]:
-    """Yield exactly T frames (H, W) in the dtype of the file, and add to the numbers of clipped voxels."""
+    """Yield exactly T frames (H, W) in the dtype of the result, and add to the numbers of clipped voxels.
+
+    Raises
+    ------
+    RuntimeError
+        If a frame has values that are not finite.
+    ValueError
+        If frames are more or fewer than `shape` says, or of another size.
+    """
     count = 0
     for block in frames:
         for frame in np.reshape(block, (-1, *np.shape(block)[-2:])):
@@ -231,7 +239,8 @@ def _finished(
                     "learning rate, or float32 on the CPU, and report it if it happens again."
                 )
             finished, *outside = to_dtype(frame, dtype)
-            clipped += outside
+            if clipped is not None:
+                clipped += outside
             count += 1
             yield finished
     if count != shape[0]:
