@@ -104,6 +104,8 @@ def denoise(
             raise ValueError(f"--save-weights: --method {method} is a filter, which has none")
         if save_weights is not None and len(stacks) > 1:
             raise ValueError("--save-weights keeps the weights of one stack: give one stack")
+        if sigma is not None and method in ("svd", "temporal-mean"):
+            raise ValueError(f"--sigma sets the widths of the Gaussian filter: --method {method} has none")
         if time_limit is not None and time_limit <= 0:
             raise ValueError(f"--time-limit must be more than 0 minutes, got {time_limit:g}")
         chosen = settings(

@@ -85,6 +85,10 @@ def evaluate(
             raise ValueError(f"{noisy_stack}: give it as --noisy, or --real for a recording without a clean stack")
         if not real and (clean is None or denoised is None):
             raise ValueError("give --clean and --denoised, or --real and a recording")
+        if real and any(path is not None for path in (clean, denoised, noisy, masks)):
+            raise ValueError("--real scores a recording that has no clean stack: leave out what belongs to one")
+        if not real and any(value is not None for value in (methods, iterations, blind_spot, time_limit)):
+            raise ValueError("--methods, --iterations, --blind-spot and --time-limit belong to --real")
         chosen = settings(iterations=iterations, blind_spot=blind_spot, engine=engine, precision=precision)
     except ValueError as error:
         return refuse(error)

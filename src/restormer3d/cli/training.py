@@ -63,7 +63,7 @@ def pretrain(
     seed
         Of scenes, patches, masks and initial weights.
     weights
-        A weights file to go on from.
+        A weights file to go on from; by default, as with "none", training starts anew.
     device
         auto, cpu, cuda or mps.
     engine
@@ -101,7 +101,7 @@ def pretrain(
             training,
             model,
             simulate=simulate,
-            weights=None if weights is None else load_weights(weights),
+            weights=None if weights in (None, Path("none")) else load_weights(weights),
             device=place,
             precision=usable_precision,
             resume=resume,
