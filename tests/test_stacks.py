@@ -595,7 +595,7 @@ def test_check_reads_every_voxel(tmp_path, dialect):
 
 def test_check_of_arrays():
     with pytest.raises(StackError, match=r"the array: .* found 1 voxels"):
-        check_stack(np.array([[[1.0, np.nan]]]))
+        check_stack(np.array([[[1.0, np.nan]], [[1.0, 2.0]]]))
     with pytest.raises(StackError, match="every voxel is 0"):
         check_stack(np.zeros((2, 3, 4), "uint8"))
     with pytest.raises(StackError, match="empty"):
@@ -609,6 +609,7 @@ def test_check_of_arrays():
         (np.zeros((3, 2, 5, 5)), r"stack\[:, 0\]"),
         (np.eye(5)[None] > 0, "astype"),
         (np.full((2, 2, 2), 1j), "got complex128"),
+        (np.eye(5)[None], "a single frame"),
     ],
 )
 def test_an_array_that_is_no_stack_is_refused_before_anything_is_computed(array, reason):

@@ -44,8 +44,8 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     Raises
     ------
     StackError
-        Not three axes, neither integers nor floats, a frame that can't be decoded, a voxel that is not finite, or the
-        same value everywhere.
+        Not three axes, neither integers nor floats, a single frame, a frame that can't be decoded, a voxel that is not
+        finite, or the same value everywhere.
     """
     name = getattr(stack, "path", "the array")
     if len(stack.shape) != 3:
@@ -61,6 +61,8 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     little = np.dtype(stack.dtype).newbyteorder("<")
     if 0 in stack.shape:
         raise StackError(f"{name}: the stack is empty: its shape is {tuple(stack.shape)}.")
+    if stack.shape[0] == 1:
+        raise StackError(f"{name}: a single frame: noise shows in differences of frames, of which two are needed.")
     digest = hashlib.sha256()
     lows, highs, bad, first_bad = [], [], 0, -1
     with ThreadPoolExecutor(1) as beside:  # the hash takes longer than all else
