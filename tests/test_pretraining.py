@@ -237,3 +237,5 @@ def test_a_run_does_not_go_on_with_other_data(noisy_file, training, tmp_path):
     run(tmp_path / "run", training, [noisy_file])
     with pytest.raises(CheckpointError, match="simulated_scenes = 50, asked for is 7"):
         run(tmp_path / "run", training, [noisy_file], simulate=7, resume=True)
+    with pytest.raises(CheckpointError, match="of another network"):
+        pretrain([noisy_file], tmp_path / "run", training, ModelConfig(**TINY), simulate=50, resume=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from restormer3d.checkpoint import CheckpointError, save_history, save_weights, weights_notes
+from restormer3d.checkpoint import CheckpointError, load_weights, save_history, save_weights, weights_notes
 from restormer3d.config import InferenceConfig, ModelConfig, Precision, TrainingConfig
 from restormer3d.distributed import part_of_batch
 from restormer3d.inference import denoise_frames
@@ -120,10 +120,12 @@ def pretrain(
     if state.exists() and not resume:
         raise CheckpointError(f"{run_folder}: holds a run already; go on with --resume, or choose another folder")
     run_folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(training.seed)
     path = run_folder / "weights.safetensors"
     data = {"stacks": [file.name for file in files], "simulated_scenes": simulate, "scene_shape": list(scene_shape)}
+    model = weights or Restormer3D(model_config)
     if state.exists() and path.is_file():
-        _refuse_other_data(path, data)
+        _refuse_other_run(path, data, model.config)
     notes = data | {"training": training.model_dump()}
 
     def keep(history: list[dict[str, Any]], model: Restormer3D) -> None:
@@ -132,8 +134,6 @@ def pretrain(
         if board is not None:
             _report(board, run_folder / "tensorboard", history)
 
-    torch.manual_seed(training.seed)
-    model = weights or Restormer3D(model_config)
     paired = training.simulated_target == "second_recording" and simulate > 0
     if paired and weights is None and model.config.start == "filters" and not state.exists():
         numbers = range(min(_MIXTURE_SCENES, simulate))
@@ -160,8 +160,13 @@ def pretrain(
     return path
 
 
-def _refuse_other_data(weights: Path, data: dict[str, Any]) -> None:
-    """Refuse to go on with a run that was trained on something else, by the notes in its weights."""
+def _refuse_other_run(weights: Path, data: dict[str, Any], model: ModelConfig) -> None:
+    """Refuse to go on with a run of another network, or on other data, by what its weights say."""
+    if load_weights(weights).config != model:
+        raise CheckpointError(
+            f"{weights.parent}: its run is of another network; give its [model], --recipe and --weights, or choose "
+            "another folder"
+        )
     before = weights_notes(weights)
     if changed := [name for name, value in data.items() if before.get(name) != value]:
         name = changed[0]
