@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from restormer3d.arithmetic import float64_device, forced_engine, torch_device, usable
@@ -38,12 +39,13 @@ from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate,
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, networks_record, weights_record
-from restormer3d.stacks import check_stack, finished_frames
+from restormer3d.stacks import TiffStack, check_stack, finished_frames
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
 from restormer3d.stimulus_light import put_back, take_light_away
 from restormer3d.training import fit
 from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork
 
+_CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
 _ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes
 
 
@@ -126,6 +128,7 @@ def start_denoising(
     Denoised
         What was done, and the iterator that does the rest.
     """
+    stack = _readable(stack)
     if method != "restormer3d":
         return _filtered(stack, chosen, method, progress, say)
     started = time.monotonic()
@@ -142,6 +145,13 @@ def start_denoising(
     denoised = _by_network(stack, measured, chosen, device, left, progress, say, pretrained)
     frames = denoised.frames if light is None else put_back(denoised.frames, light)
     return replace(denoised, frames=frames, record=denoised.record | {"stimulus_light": found})
+
+
+def _readable(stack: Any) -> Any:
+    """A compressed file of moderate size as an array: patches would decode its frames again and again."""
+    if not isinstance(stack, TiffStack) or stack.layout.data_offsets is not None:
+        return stack
+    return stack if stack.nbytes > min(_CACHE_BYTES, psutil.virtual_memory().available // 4) else stack[:]
 
 
 def _by_network(

@@ -9,10 +9,8 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device
@@ -26,8 +24,6 @@ from restormer3d.stacks import TiffStack, check_folder, check_output, check_stac
 
 # What one stack may run into without taking the others along.
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
-
-_CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
 
 
 def denoise(
@@ -110,11 +106,8 @@ def denoise(
         engine=engine,
     )
     with nullcontext(stack) if isinstance(stack, np.ndarray) else open_stack(stack) as source:
-        if isinstance(source, TiffStack):
-            check_stack(source)  # while errors can name the file
-        noisy = _readable(source) if isinstance(source, TiffStack) else source
         denoised, record = array_and_record(
-            noisy, chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
+            source, chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
         )
     if "instead_of_the_network" in record:
         warnings.warn(f"{time_limit:g} minutes suffice for no network: the Gaussian filter stands in", stacklevel=2)
@@ -248,7 +241,7 @@ def _denoise_file(
         tell(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
         check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]))
         remaining = None if seconds is None else seconds - (time.monotonic() - started)
-        result = start_denoising(_readable(stack), chosen, method, device, remaining, progress, tell, pretrained)
+        result = start_denoising(stack, chosen, method, device, remaining, progress, tell, pretrained)
         written = write_stack(
             target, result.frames, shape=stack.shape, dtype=stack.dtype, like=stack, overwrite=overwrite
         )
@@ -272,15 +265,6 @@ def _check_file(path: Path, overwrite: bool, others: tuple[Path, ...]) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: it exists. Choose another name, or replace it with --overwrite.")
     check_folder(path.parent)
-
-
-def _readable(stack: TiffStack) -> Any:
-    """A compressed stack of moderate size as an array: patches would decode its frames again and again."""
-    if stack.layout.data_offsets is not None or stack.nbytes > min(
-        _CACHE_BYTES, psutil.virtual_memory().available // 4
-    ):
-        return stack
-    return stack[:]
 
 
 def _reason(source: Path, error: Exception) -> str:
