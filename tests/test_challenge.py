@@ -20,7 +20,7 @@ import tifffile
 import torch
 
 import restormer3d
-from restormer3d import denoising
+from restormer3d import fitting
 from restormer3d.challenge import __main__ as door
 from restormer3d.challenge import job
 from restormer3d.challenge.server import InvokeServer
@@ -248,7 +248,7 @@ def test_without_a_model_it_says_what_it_starts_from(platform, tmp_path, monkeyp
 
 def test_a_slow_machine_does_fewer_iterations(platform, stack, monkeypatch, capsys):
     platform.give("a.tif", stack)
-    monkeypatch.setattr(denoising, "calibrate", lambda *_: Calibration(30.0, 0.1))
+    monkeypatch.setattr(fitting, "calibrate", lambda *_: Calibration(30.0, 0.1))
     assert platform.run(time_limit=1.0, iterations=5) == 0
     assert platform.record("a.tif")["settings"]["training"]["iterations"] == 1
     assert "1 of 5 iterations" in capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_a_slow_machine_does_fewer_iterations(platform, stack, monkeypatch, caps
 
 def test_a_machine_too_slow_for_any_network_still_gives_a_result(platform, stack, monkeypatch, capsys):
     platform.give("a.tif", stack)
-    monkeypatch.setattr(denoising, "calibrate", lambda *_: Calibration(1e4, 1e4))
+    monkeypatch.setattr(fitting, "calibrate", lambda *_: Calibration(1e4, 1e4))
     assert platform.run() == 0
     assert_the_platform_takes_it(platform.result("a.tif"), stack)
     assert platform.record("a.tif")["method"] == "gaussian"

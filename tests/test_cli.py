@@ -238,7 +238,7 @@ def test_a_failure_names_its_file_and_leaves_nothing(noisy_file, quick, tmp_path
     def out_of_memory(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("restormer3d.denoising.fit", out_of_memory)
+    monkeypatch.setattr("restormer3d.fitting.fit", out_of_memory)
     assert run("denoise", noisy_file, "-o", tmp_path / "out", *quick) == 1
     message = capsys.readouterr().err
     assert noisy_file.name in message
@@ -263,7 +263,7 @@ def test_ctrl_c_leaves_no_half_written_file(noisy_file, quick, tmp_path):
 
 
 def test_an_array_that_the_filter_stood_in_for_comes_with_a_warning(noisy_stack, monkeypatch):
-    monkeypatch.setattr("restormer3d.denoising.ends_in_time", lambda *_: False)
+    monkeypatch.setattr("restormer3d.fitting.ends_in_time", lambda *_: False)
     with pytest.warns(UserWarning, match="Gaussian filter stands in"):
         denoised = restormer3d.denoise(noisy_stack, time_limit=5, device="cpu", patch=(16, 16, 16))
     assert denoised.shape == noisy_stack.shape

@@ -10,7 +10,6 @@ import pytest
 
 from restormer3d.baselines import gaussian_frames, temporal_mean_frames
 from restormer3d.report import (
-    EvenFrames,
     held_out_frame_error,
     photon_transfer,
     residual_whiteness,
@@ -33,21 +32,6 @@ def clean() -> np.ndarray:
 @pytest.fixture(scope="module")
 def noisy(clean: np.ndarray) -> np.ndarray:
     return 20.0 * np.random.default_rng(1).poisson(clean / 20.0)
-
-
-@pytest.mark.parametrize("length", [6, 7])
-def test_even_frames_are_a_stack(length: int):
-    stack = np.arange(length * 6).reshape(length, 2, 3)
-    even, expected = EvenFrames(stack), stack[::2]
-    assert even.shape == expected.shape
-    assert len(even) == len(expected)
-    np.testing.assert_array_equal(even[:], expected)
-    np.testing.assert_array_equal(even[1], expected[1])
-    np.testing.assert_array_equal(even[-1], expected[-1])
-    np.testing.assert_array_equal(even[1:3], expected[1:3])
-    np.testing.assert_array_equal(even[1:1], expected[1:1])
-    np.testing.assert_array_equal(even[0:2, 0:1, 1:3], expected[0:2, 0:1, 1:3])
-    np.testing.assert_array_equal(even[::-1], expected[::-1])
 
 
 def test_the_truth_scores_the_noise_itself(clean: np.ndarray, noisy: np.ndarray):
@@ -146,3 +130,19 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ImportError, match=r"pip install 'restormer3d\[plots\]'"):
         trace_picture(np.zeros((3, 8, 8)), np.zeros((3, 8, 8)), tmp_path / "p.png")
+
+
+def test_planes_in_turns_are_held_out_turn_by_turn(clean: np.ndarray):
+    """The truth, a plane of twice the light included, scores the noise alone; blended planes do not."""
+    both = clean.copy()
+    both[1::2] *= 2
+    recorded = 20.0 * np.random.default_rng(1).poisson(both / 20.0)
+    kept = np.flatnonzero(np.arange(160) // 2 % 2 == 0)
+    score = held_out_frame_error(recorded, lambda _: both[kept], planes=2)
+    assert score.in_noise_variances == pytest.approx(1, abs=0.03)
+    assert len(score.per_frame) == 78
+    assert held_out_frame_error(recorded, temporal_mean_frames, planes=2).in_noise_variances > 1.5
+    with pytest.raises(ValueError, match="gave back 79"):
+        held_out_frame_error(recorded, lambda _: both[kept][1:], planes=2)
+    with pytest.raises(ValueError, match="5 frames or more, got 4"):
+        held_out_frame_error(recorded[:4], lambda stack: stack, planes=2)

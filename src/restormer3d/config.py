@@ -172,6 +172,9 @@ class InferenceConfig(_Config):
         `footprints.denoise_footprints`); only with `components`.
     courses : bool
         Whether their courses in time are then denoised (see `courses.denoise_courses`); only with `components`.
+    planes : "auto" or int
+        Planes that the stack shows in turns, frame by frame: they are told apart before anything else (see
+        `planes.find_planes`). "auto" looks how many there are.
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `stimulus_light.stimulus_light`).
@@ -189,6 +192,7 @@ class InferenceConfig(_Config):
     components: bool = False
     footprints: bool = False
     courses: bool = False
+    planes: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     stimulus_light: bool = False
     static_image: bool = False
 
@@ -242,6 +246,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         components=True,
         footprints=True,
         courses=True,
+        planes="auto",
         stimulus_light=True,
         static_image=True,
     )

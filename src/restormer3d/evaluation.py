@@ -15,6 +15,7 @@ import tifffile
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
+from restormer3d.planes import find_planes
 from restormer3d.progress import Progress, Say
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
 from restormer3d.settings import Settings
@@ -72,9 +73,9 @@ def evaluate_real(
 ) -> dict[str, dict[str, Any]]:
     """Score methods on a recording without ground truth, by frames that they never saw.
 
-    Each method denoises the even frames only; the odd ones, predicted by interpolation, are compared with what was
-    recorded. The noise is independent between frames, so the error is the noise's variance plus the method's error:
-    differences between methods are unbiased.
+    Each method denoises the even frames only (every other turn where the stack shows planes in turns); the odd ones,
+    predicted by interpolation, are compared with what was recorded. The noise is independent between frames, so the
+    error is the noise's variance plus the method's error: differences between methods are unbiased.
 
     Parameters
     ----------
@@ -95,9 +96,14 @@ def evaluate_real(
     """
     with open_stack(noisy) as stack:
         recording = stack[:]
+    planes = find_planes(recording)
     scores: dict[str, dict[str, Any]] = {"recording": {"photon_transfer": photon_transfer(recording)}}
     for method in methods:
-        say(f"{method}: denoising the even frames")
+        say(
+            f"{method}: denoising the even frames"
+            if planes is None
+            else f"{method}: denoising every other turn of planes"
+        )
         result: dict[str, Any] = {}
 
         def run(frames: Any, method: Method = method, result: dict[str, Any] = result) -> Any:
@@ -108,7 +114,7 @@ def evaluate_real(
                 result["instead_of_the_network"] = "Gaussian filter, for want of time"
             return denoised
 
-        held_out = held_out_frame_error(recording, run)
+        held_out = held_out_frame_error(recording, run, 1 if planes is None else planes.count)
         result["held_out"] = {
             "mse": held_out.mse,
             "standard_error": held_out.standard_error,

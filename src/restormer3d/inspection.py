@@ -9,6 +9,7 @@ from typing import Any
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
+from restormer3d.planes import find_planes
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
 from restormer3d.stimulus_light import take_light_away
@@ -25,8 +26,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        File, shape, dtype, axes, size, percentiles, normalization, frames lit by a stimulus, noise (photon
-        transfer, correlation) and blind spot.
+        File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames lit
+        by a stimulus, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -36,6 +37,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     with open_stack(path) as stack:
         check = check_stack(stack)
         seen, light, measured = take_light_away(stack)
+        planes = find_planes(seen)
         noise = estimate_noise(seen, frames=measured)
         percentiles = (0.5, 50.0, 99.5)
         values = sampled_percentiles(stack, percentiles)
@@ -50,6 +52,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "maximum": check.maximum,
             "percentiles": dict(zip(percentiles, values, strict=True)),
             "normalization": asdict(estimate_normalization(seen)),
+            "planes": None if planes is None else asdict(planes),
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
             "noise": asdict(noise),
             "blind_spot": blind_spot_extent(noise),
@@ -74,6 +77,7 @@ def describe(facts: dict[str, Any]) -> str:
         + ", ".join(f"{p:g} %: {value:g}" for p, value in facts["percentiles"].items()),
         "light": f"rows of {facts['lit_frames']} frames are brighter as a whole, as if lit by a stimulus"
         * bool(facts["lit_frames"]),
+        "planes": _planes_in_words(facts["planes"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
         "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); offset {noise['offset']:.4g}",
         "photons": "not known: the noise does not grow with the signal"
@@ -86,3 +90,10 @@ def describe(facts: dict[str, Any]) -> str:
         f"{chosen.inference.overlap_t:.0%} overlap, and write {facts['dtype']} of the same shape",
     }
     return "\n".join(f"{name:>15}: {text}" for name, text in rows.items() if text)
+
+
+def _planes_in_words(planes: dict[str, Any] | None) -> str:
+    if planes is None:
+        return ""
+    alike = "close to one another" if planes["shared"] else "of different activity, denoised apart"
+    return f"{planes['count']} in turns, frame by frame, {alike}"

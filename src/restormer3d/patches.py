@@ -128,7 +128,7 @@ def training_stack(
 
 
 def measured_stack(
-    stack: Any, noise: NoiseEstimate | None, blind_spot: Literal["auto"] | tuple[int, int, int]
+    stack: Any, noise: NoiseEstimate, blind_spot: Literal["auto"] | tuple[int, int, int]
 ) -> TrainingStack:
     """Prepare a recorded stack, with what its noise estimate says of zero light and of neighbors.
 
@@ -136,13 +136,11 @@ def measured_stack(
     ----------
     stack : stack of shape (T, H, W)
         Raw intensities.
-    noise : NoiseEstimate, optional
-        Of this stack; None if it is a single frame, from which none can be measured.
+    noise : NoiseEstimate
+        Of this stack.
     blind_spot : "auto" or tuple of int
         Half-extent in (frames, rows, columns), or as far as the noise is correlated.
     """
-    if noise is None:
-        return training_stack(stack, (0, 0, 0) if blind_spot == "auto" else blind_spot)
     extent = blind_spot_extent(noise) if blind_spot == "auto" else blind_spot
     source = training_stack(stack, extent, zero=noise.offset)
     return replace(source, noise_correlation=neighbor_correlation(noise, extent))

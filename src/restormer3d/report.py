@@ -15,33 +15,9 @@ import numpy as np
 
 from restormer3d.noise import estimate_noise
 from restormer3d.normalization import sample_frames
+from restormer3d.planes import SomeFrames
 
 _STRIP_VALUES = 2**24  # most values of a strip of rows held at once
-
-
-class EvenFrames:
-    """Frames 0, 2, 4, ... of a stack, as a stack that reads them when they are sliced."""
-
-    def __init__(self, stack: Any):
-        self.stack = stack
-        self.shape: tuple[int, int, int] = ((stack.shape[0] + 1) // 2, *stack.shape[1:])
-        self.dtype: np.dtype = stack.dtype
-        self.ndim = 3
-
-    def __len__(self) -> int:
-        """Return the number of even frames."""
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """Read `even[t]`, `even[a:b]` or `even[a:b, y0:y1, x0:x1]`."""
-        times, *crop = index if isinstance(index, tuple) else (index,)
-        chosen = range(len(self))[times]
-        if isinstance(chosen, int):
-            return self.stack[2 * chosen : 2 * chosen + 1, *crop][0]
-        if not chosen:
-            return self.stack[0:0, *crop]
-        low, high = min(chosen), max(chosen)
-        return self.stack[2 * low : 2 * high + 1, *crop][::2][np.asarray(chosen) - low]
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ class HeldOutScore:
         return float(difference.mean()), _standard_error(difference)
 
 
-def held_out_frame_error(stack: Any, denoise: Callable[[Any], Iterable[np.ndarray]]) -> HeldOutScore:
+def held_out_frame_error(stack: Any, denoise: Callable[[Any], Iterable[np.ndarray]], planes: int = 1) -> HeldOutScore:
     """Denoise the even frames alone, interpolate between them, and compare with the odd frames.
 
     Widths given in frames count even frames here: a filter of 12 frames of the stack is one of 6.
@@ -89,9 +65,12 @@ def held_out_frame_error(stack: Any, denoise: Callable[[Any], Iterable[np.ndarra
     Parameters
     ----------
     stack : stack of shape (T, H, W)
-        Noisy intensities, T at least 3. An odd frame without a frame after it is left out.
+        Noisy intensities. An odd frame without a frame after it is left out.
     denoise : function
         Takes a stack and gives its denoised frames (H, W) in order: a generator, or an array.
+    planes : int
+        That the stack shows in turns: then all frames of every other turn are held out, and interpolated between
+        frames of their own plane.
 
     Returns
     -------
@@ -100,26 +79,26 @@ def held_out_frame_error(stack: Any, denoise: Callable[[Any], Iterable[np.ndarra
     Raises
     ------
     ValueError
-        If the stack has fewer than three frames, or `denoise` gives too few or too many.
+        If the stack has fewer than three frames of a plane, or `denoise` gives too few or too many.
     """
     length = stack.shape[0]
-    if length < 3:
-        raise ValueError(f"held-out frames need a stack of 3 frames or more, got {length}")
-    even = EvenFrames(stack)
+    if length <= 2 * planes:
+        raise ValueError(f"held-out frames need a stack of {2 * planes + 1} frames or more, got {length}")
+    kept = np.flatnonzero(np.arange(length) // planes % 2 == 0)
     errors, near, far = [], [], []
-    previous = np.empty(0)
+    previous: dict[int, np.ndarray] = {}
     count = 0
-    for count, frame in enumerate(denoise(even), start=1):
+    for count, frame in enumerate(denoise(SomeFrames(stack, kept)), start=1):
         current = np.asarray(frame, dtype=np.float64)
-        t = 2 * count - 2
-        if 0 < t < length:
-            before, held_out, after = (f.astype(np.float64) for f in stack[t - 2 : t + 1])
-            errors.append(np.square(held_out - (previous + current) / 2).mean())
+        t = int(kept[min(count, len(kept)) - 1])
+        if t >= 2 * planes and count <= len(kept):
+            before, held_out, after = (f.astype(np.float64) for f in stack[t - 2 * planes : t + 1][::planes])
+            errors.append(np.square(held_out - (previous[t % planes] + current) / 2).mean())
             near.append((np.square(held_out - before).mean() + np.square(after - held_out).mean()) / 4)
             far.append(np.square(after - before).mean() / 2)
-        previous = current
-    if count != len(even):
-        raise ValueError(f"denoise was given {len(even)} frames and gave back {count}")
+        previous[t % planes] = current
+    if count != len(kept):
+        raise ValueError(f"denoise was given {len(kept)} frames and gave back {count}")
     per_frame = np.array(errors)
     return HeldOutScore(
         mse=float(per_frame.mean()),

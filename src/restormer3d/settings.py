@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -92,6 +92,7 @@ def settings(
     seed: int | None = None,
     blind_spot: str | None = None,
     symmetries: int | None = None,
+    planes: int | Literal["auto"] | None = None,
     sigma: tuple[float, float] | None = None,
     precision: Precision = "fp32",
     engine: Engine = "auto",
@@ -113,6 +114,8 @@ def settings(
         "auto", "point", or axes and odd widths, such as "x3" or "x3y3" or "t3x5".
     symmetries : {1, 4, 8}, optional
         Replaces the recipe's.
+    planes : int or "auto", optional
+        Replaces the recipe's: how many planes or channels the stack shows in turns, frame by frame.
     sigma : tuple of float, optional
         Widths of the Gaussian filter in frames and pixels.
     precision, engine
@@ -149,6 +152,7 @@ def settings(
         overlap_t=overlap,
         overlap_xy=overlap,
         symmetries=symmetries,
+        planes=planes,
     )
     if source is None:
         model = _changed(model, file.get("model", {}))

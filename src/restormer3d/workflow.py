@@ -9,6 +9,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ def denoise(
     seed: int | None = None,
     blind_spot: str | None = None,
     symmetries: int | None = None,
+    planes: int | Literal["auto"] | None = None,
     device: str = "auto",
     engine: Engine = "auto",
     precision: Precision = "fp32",
@@ -59,7 +61,7 @@ def denoise(
     weights : path or "none", optional
         Where training starts: a weights file, or a folder as :func:`restormer3d.settings.settings` takes it. By default
         the weights in the package; with the published recipe "none", from scratch.
-    iterations, batch_size, patch, overlap, seed, blind_spot, symmetries : optional
+    iterations, batch_size, patch, overlap, seed, blind_spot, symmetries, planes : optional
         Replace the recipe's; see :func:`restormer3d.settings.settings`.
     device : {"auto", "cpu", "cuda", "mps"}
         Where to compute.
@@ -102,6 +104,7 @@ def denoise(
         seed=seed,
         blind_spot=blind_spot,
         symmetries=symmetries,
+        planes=planes,
         precision=precision,
         engine=engine,
     )
@@ -251,7 +254,8 @@ def _denoise_file(
     if save_weights_to is not None and result.model is not None:
         save_weights(save_weights_to, result.model, {"fine_tuned_on": source.name, **result.record["settings"]})
     elif save_weights_to is not None:
-        say(f"no network was trained: {save_weights_to} is not written")
+        trained = "planes have networks of their own" if "each_plane" in result.record else "no network was trained"
+        say(f"{trained}: {save_weights_to} is not written")
     clipped = f", {written.clipped_voxels} voxels clipped to the range of {stack.dtype}" * bool(written.clipped_voxels)
     say(f"{source.name}: written to {target} in {(time.monotonic() - started) / 60:.1f} min{clipped}")
 

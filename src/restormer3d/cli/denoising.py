@@ -29,6 +29,7 @@ def denoise(
     seed: int | None = None,
     blind_spot: str | None = None,
     symmetries: Literal[1, 4, 8] | None = None,
+    planes: Literal["auto"] | int | None = None,
     sigma: Annotated[tuple[float, float] | None, Parameter(negative="")] = None,
     device: str = "auto",
     engine: Engine = "auto",
@@ -71,6 +72,9 @@ def denoise(
         "auto" measures how far the noise is correlated; "point", or axes and odd widths such as x3 or x3y3.
     symmetries
         Windows averaged over so many flips (4) or flips and quarter turns (8); inference takes as many times longer.
+    planes
+        Planes, or channels, that a stack shows in turns, frame by frame, are denoised apart; by default ("auto") it is
+        found out how many there are, and 1 takes all frames as of one.
     sigma
         Widths of the Gaussian filter in frames and pixels; by default chosen by held-out frames.
     device
@@ -118,6 +122,7 @@ def denoise(
             seed=seed,
             blind_spot=blind_spot,
             symmetries=symmetries,
+            planes=planes,
             sigma=sigma,
             precision=precision,
             engine=engine,

@@ -1,0 +1,321 @@
+"""Filters and network fitted to one stack, and its frames denoised by them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from restormer3d.arithmetic import float64_device, usable
+from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
+from restormer3d.checkpoint import small_network
+from restormer3d.components import (
+    LEAST_FRAMES,
+    AddedNoise,
+    Step,
+    chunk_frames,
+    is_held,
+    refine_by_components,
+)
+from restormer3d.config import Method, Precision
+from restormer3d.courses import denoise_courses
+from restormer3d.fields import FIELD_FRAMES
+from restormer3d.footprints import denoise_footprints
+from restormer3d.inference import denoise_frames, window_size
+from restormer3d.mixture import adapted_mixture
+from restormer3d.model import Restormer3D
+from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise
+from restormer3d.ops import why_not_cuda
+from restormer3d.patches import TrainingStack, measured_stack
+from restormer3d.planes import WithoutPlanes, differences_of, put_back
+from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
+from restormer3d.progress import Progress, Say
+from restormer3d.settings import Pretrained, Settings, build_model, training_plan
+from restormer3d.sidecar import network_record, networks_record, weights_record
+from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
+from restormer3d.training import fit
+from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork
+
+_ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A stack being denoised: its frames, still to be computed, and what was done so far.
+
+    Attributes
+    ----------
+    frames : iterator of numpy.ndarray
+        Denoised frames (H, W) in order, not rounded.
+    record : dict
+        Settings, losses and timings, for the sidecar.
+    model : Restormer3D or None
+        The network trained on this stack; None for a filter.
+    """
+
+    frames: Iterator[np.ndarray]
+    record: dict[str, Any]
+    model: Restormer3D | None = None
+
+
+def by_network(
+    stack: Any,
+    measured: np.ndarray | None,
+    images: np.ndarray | None,
+    chosen: Settings,
+    device: torch.device,
+    seconds: float | None,
+    progress: Progress,
+    say: Say,
+    pretrained: Pretrained | None,
+) -> Denoised:
+    """Fit filters and network.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Noisy intensities.
+    measured : numpy.ndarray or None
+        Numbers of the frames that noise is measured on; None for all.
+    images : numpy.ndarray or None
+        Means of planes that the frames show in turns, (planes, H, W), if they are several.
+    chosen, device, progress, say, pretrained
+        As for :func:`restormer3d.denoising.start_denoising`.
+    seconds : float or None
+        For all, frames included. Where they suffice for no network, the Gaussian filter stands in.
+    """
+    started = time.monotonic()
+    if images is not None:
+        stack = WithoutPlanes(stack, differences_of(images))
+    engine, precision = usable(chosen.engine, chosen.precision, device)
+    if precision != chosen.precision:
+        say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
+    source, noise = _source(stack, measured, chosen, say)
+    model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
+    source, adapted = _adapt(model, source, chosen, device, seconds, say)
+    calibration = calibrate(model, source, chosen, device)
+    if seconds is not None:
+        remaining = seconds - (time.monotonic() - started)
+        chosen, note = fit_to_time(chosen, stack.shape, calibration, remaining)
+        if note:
+            say(note)
+        if not ends_in_time(chosen, stack.shape, calibration, remaining):
+            say("no network in the time that is left: the stack is denoised with the Gaussian filter instead")
+            filtered = by_filter(stack, chosen, "gaussian", progress, say)
+            frames = filtered.frames if images is None else put_back(filtered.frames, differences_of(images))
+            return replace(filtered, frames=frames, record=filtered.record | {"instead_of_the_network": note})
+    _say_plan(chosen, stack.shape, calibration, device, f"{engine} operators, {precision}", say)
+    prepared = time.monotonic()
+    history = fit(model, [source], chosen.training, device=device, precision=precision, progress=progress)
+    if history and "kept_iteration" in history[-1]:
+        kept = history[-1]["kept_iteration"]
+        say(
+            f"{len(history)} iterations done; held-out voxels chose the weights of "
+            + (f"iteration {kept}" if kept else "before")
+        )
+    weights = pretrained.weights if pretrained else weights_record(chosen)
+    record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
+    seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
+    record |= {"noise": asdict(noise), "mixture": adapted, "seconds": seconds_spent}
+    frames, afterwards = _denoised_frames(model, source, noise, images, chosen, device, precision, progress, say)
+    return Denoised(frames, record | afterwards, model)
+
+
+def by_filter(stack: Any, chosen: Settings, method: Method, progress: Progress, say: Say) -> Denoised:
+    """Denoise by one of the plain filters."""
+    if method == "temporal-mean":
+        return Denoised(temporal_mean_frames(stack), {"method": method, "settings": {}})
+    if method == "svd":
+        frames = svd_frames(stack, progress=progress)
+        return Denoised(frames, {"method": method, "settings": {}})
+    # Filtering what differs from the temporal mean leaves the static image sharp: better at every noise level.
+    sigma_t, sigma_xy = chosen.sigma or choose_gaussian(stack, around_mean=True)
+    why = "given" if chosen.sigma else "chosen by held-out frames"
+    say(f"Gaussian filter of {sigma_t:g} frames and {sigma_xy:g} pixels around the temporal mean, {why}")
+    frames = gaussian_frames(stack, sigma_t, sigma_xy, around_mean=True)
+    return Denoised(frames, {"method": method, "settings": {"sigma_t": sigma_t, "sigma_xy": sigma_xy}})
+
+
+def _denoised_frames(
+    model: Restormer3D,
+    source: TrainingStack,
+    noise: NoiseEstimate,
+    images: np.ndarray | None,
+    chosen: Settings,
+    device: torch.device,
+    precision: Precision,
+    progress: Progress,
+    say: Say,
+) -> tuple[Iterator[np.ndarray], dict[str, Any]]:
+    """Frames that are computed as they are asked for, and a record of what the network's own go through."""
+    denoise = partial(
+        denoise_frames,
+        model,
+        normalization=source.normalization,
+        background=source.background,
+        config=chosen.inference,
+        mixture=source.mixture,
+        device=device,
+        precision=precision,
+    )
+    frames = denoise(source.stack, progress=progress)
+    parts = chosen.inference
+    added = _added_noise(source, noise, say) if parts.components else None
+    static = None
+    if parts.static_image or parts.footprints:
+        still = partial(
+            denoise_mean,
+            noise=noise,
+            correlation=source.noise_correlation,
+            network=small_network(ImageNetwork, chosen.networks),
+            device=device,
+        )
+        count = source.stack.shape[0]
+        static = still(source.normalization.invert(source.mean), frames=count)
+        if images is not None and parts.static_image:
+            images = np.stack([still(image, frames=count // len(images)) for image in images])
+    steps = _activity_steps(chosen, added, static, noise, float64_device(device), say) if added else {}
+    if added is not None:
+        frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()))
+    if static is not None and parts.static_image:
+        frames = _with_static_image(frames, denoise, source, static)
+    if images is not None:
+        frames = put_back(frames, differences_of(images))
+    done = {*steps, "static_image"} if static is not None and parts.static_image else set(steps)
+    asked = networks_record(chosen)
+    networks = {step: asked[step] if step in done else None for step in ("footprints", "courses", "static_image")}
+    return frames, {"components": added is not None} | networks
+
+
+def _activity_steps(
+    chosen: Settings,
+    added: AddedNoise,
+    static: np.ndarray | None,
+    noise: NoiseEstimate,
+    device: torch.device,
+    say: Say,
+) -> dict[str, Step]:
+    """What is done with components by networks of their own, by name."""
+    parts = chosen.inference
+    steps: dict[str, Step] = {}
+    if chunk_frames(added.shape) < FIELD_FRAMES:
+        if parts.footprints or parts.courses:
+            say(
+                f"footprints and courses of activity need {FIELD_FRAMES} frames together in memory, here are "
+                f"{chunk_frames(added.shape)}: these steps are left out"
+            )
+        return steps
+    if parts.footprints and static is not None:
+        steps["footprints"] = partial(
+            denoise_footprints,
+            static=torch.from_numpy(stabilized(static, noise)).to(device, torch.float32),
+            correlation=added.correlation,
+            network=copy.deepcopy(small_network(FootprintNetwork, chosen.networks)).to(device),
+        )
+    if parts.courses:
+        network = copy.deepcopy(small_network(CourseNetwork, chosen.networks)).to(device)
+        steps["courses"] = partial(denoise_courses, network=network)
+    return steps
+
+
+def _say_plan(
+    chosen: Settings,
+    shape: tuple[int, int, int],
+    calibration: Calibration,
+    device: torch.device,
+    computing: str,
+    say: Say,
+) -> None:
+    """Say what will be done, in which time and memory, and by what it is computed."""
+    seconds, memory = estimate(chosen, shape, calibration, device)
+    most = "at most " if chosen.training.stop_early and chosen.training.iterations else ""
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    say(
+        f"{most}about {_duration(seconds)} and {memory / 1e9:.1f} GB on {device} ({threads}{computing}): "
+        f"{training_plan(chosen)}"
+    )
+    if device.type == "cuda" and (obstacle := why_not_cuda(device)):
+        say(f"plain PyTorch computes on this GPU, which is slower than the Triton kernels: {obstacle}")
+
+
+def _adapt(
+    model: Restormer3D,
+    source: TrainingStack,
+    chosen: Settings,
+    device: torch.device,
+    seconds: float | None,
+    say: Say,
+) -> tuple[TrainingStack, dict[str, float]]:
+    """Fit a mixture of filters to the stack, if the network has one."""
+    if not chosen.training.adapt_mixture or model.config.start != "filters":
+        return source, {}
+    limit = math.inf if seconds is None else _ADAPTING * seconds
+    window = window_size(source.stack.shape, chosen.inference)
+    mixture, adapted = adapted_mixture(model.to(device), source, window, seconds=limit)
+    say(f"the mixture of filters is fitted to the stack: {adapted['distance']:.1f} of the usual spread away")
+    return replace(source, mixture=mixture.cpu().numpy()), adapted
+
+
+def _added_noise(source: TrainingStack, noise: NoiseEstimate, say: Say) -> AddedNoise | None:
+    """Noise like that of the stack, to tell the denoised stack's components from noise; None where that fails."""
+    if source.stack.shape[0] < LEAST_FRAMES:
+        say(f"{source.stack.shape[0]} frames are too few to tell components from noise: that step is left out")
+        return None
+    if any(abs(r) > LEAK_THRESHOLD for r in source.noise_correlation[0][1:]):
+        say("the noise of consecutive frames is correlated: components cannot be told from it, that step is left out")
+        return None
+    variance = noise.variance(source.normalization.invert(source.mean))
+    if not variance.any():
+        say("differences of frames show no noise: no component can be told from it, that step is left out")
+        return None
+    return AddedNoise(source.stack, variance, source.noise_correlation)
+
+
+def _with_static_image(
+    frames: Iterator[np.ndarray],
+    denoise: Callable[[Any], Iterator[np.ndarray]],
+    source: TrainingStack,
+    static: np.ndarray,
+) -> Iterator[np.ndarray]:
+    """Replace what denoised frames have in common by the denoised temporal mean of the stack, `static`.
+
+    What they have in common is their mean. Of a stack too long to be held, it is what `denoise` makes of some frames
+    after their mean has been shifted to that of the stack.
+    """
+    stack = source.stack
+    if is_held(stack.shape):
+        held = np.empty(stack.shape, np.float32)
+        for t, frame in enumerate(frames):
+            held[t] = frame
+        frames, common = (held[t] for t in range(len(held))), np.asarray(held.mean(0, np.float64))
+    else:
+        first = max(0, (stack.shape[0] - SAMPLE_FRAMES) // 2)
+        some = stack[first : first + SAMPLE_FRAMES].astype(np.float32)
+        some += source.normalization.invert(source.mean) - some.mean(0, np.float64)
+        common = np.asarray(np.stack(list(denoise(some))).mean(0))
+    change = static - common
+    yield from (frame + change for frame in frames)
+
+
+def _source(stack: Any, measured: np.ndarray | None, chosen: Settings, say: Say) -> tuple[TrainingStack, NoiseEstimate]:
+    """Measure what training needs of a stack, its blind spot included."""
+    noise = estimate_noise(stack, frames=measured)
+    source = measured_stack(stack, noise, chosen.training.blind_spot)
+    if chosen.training.blind_spot == "auto" and any(source.blind_spot):
+        say(
+            "the noise of neighboring voxels is correlated: the blind spot is widened to "
+            + " x ".join(str(2 * reach + 1) for reach in source.blind_spot)
+            + " (frames x rows x columns)"
+        )
+    return source, noise
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

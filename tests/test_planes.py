@@ -1,0 +1,227 @@
+"""Planes recorded in turns: found, told apart by their activity, denoised without being blended."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+
+from restormer3d.demo import RECORDING
+from restormer3d.denoising import start_denoising
+from restormer3d.inspection import describe, inspect
+from restormer3d.planes import (
+    Planes,
+    WithoutPlanes,
+    differences_of,
+    find_planes,
+    in_turns,
+    one_plane,
+    plane_images,
+    put_back,
+)
+from restormer3d.progress import silent
+from restormer3d.settings import settings
+from restormer3d.simulation import noise_parameters, simulate_scene
+from restormer3d.stacks import open_stack
+from restormer3d.stimulus_light import stimulus_light
+
+SHAPE = (192, 64, 64)
+DEMO_STACK = resources.files("restormer3d") / "data" / RECORDING
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [simulate_scene(SHAPE, seed=seed)[:].astype(np.float32) for seed in range(90, 94)]
+
+
+def recorded(clean, level=2, seed=0):
+    gain, read = noise_parameters(level)
+    rng = np.random.default_rng(seed)
+    counted = gain * rng.poisson(np.maximum(clean, 0) / gain) + read**0.5 * rng.standard_normal(clean.shape)
+    return np.clip(np.round(counted), -32768, 32767).astype(np.int16)
+
+
+def interleaved(scenes):
+    out = scenes[0].copy()
+    for number, scene in enumerate(scenes):
+        out[number :: len(scenes)] = scene[number :: len(scenes)]
+    return out
+
+
+def neighboring(scene):
+    """The same activity in a plane a little deeper, whose cells are brighter or darker."""
+    y, x = np.mgrid[: SHAPE[1], : SHAPE[2]]
+    other = scene * (1 + 0.4 * np.sin(x / 3) * np.cos(y / 4)).astype(np.float32)
+    return interleaved([scene, other])
+
+
+def denoised(stack, said=None, **changes):
+    chosen = settings(iterations=0)
+    chosen = replace(chosen, inference=chosen.inference.model_copy(update=changes))
+    say = silent if said is None else said.append
+    result = start_denoising(stack, chosen, "restormer3d", torch.device("cpu"), None, silent, say)
+    return np.stack(list(result.frames)), result.record
+
+
+@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_planes_of_other_activity_are_counted(scenes, count, level):
+    assert find_planes(recorded(interleaved(scenes[:count]), level)) == Planes(count, shared=False)
+
+
+def test_a_plane_that_is_visited_twice_counts_twice(scenes):
+    a, b, c = scenes[:3]
+    assert find_planes(recorded(interleaved([a, b, a, c]))) == Planes(4, shared=False)
+
+
+def test_planes_close_to_one_another_share_their_activity(scenes):
+    assert find_planes(recorded(neighboring(scenes[0]), level=1)) == Planes(2, shared=True)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_one_plane_is_one(scenes, level):
+    for scene in scenes:
+        assert find_planes(recorded(scene, level)) is None
+
+
+def test_what_changes_in_one_plane_is_no_second_one(scenes):
+    t = np.arange(SHAPE[0], dtype=np.float32)[:, None, None]
+    bleaching = scenes[0] * np.exp(-t / 60)
+    flicker = scenes[0] * (1 + 0.1 * np.sin(2 * np.pi * t / 2.31))
+    flash = scenes[0].copy()
+    flash[50] += 3000
+    for clean in (bleaching, flicker, flash):
+        assert find_planes(recorded(clean, level=1)) is None
+    assert find_planes(np.full((40, 20, 20), 7, np.uint8)) is None
+
+
+def test_the_recording_of_the_demo_shows_two_planes():
+    with open_stack(DEMO_STACK) as stack:
+        assert find_planes(stack) == Planes(2, shared=True)
+        assert find_planes(one_plane(stack, 0, 2)) is None
+    assert "2 in turns, frame by frame, close to one another" in describe(inspect(DEMO_STACK))
+
+
+def test_the_number_of_planes_can_be_given(scenes):
+    stack = recorded(interleaved(scenes[:2]))
+    assert find_planes(stack, 1) is None
+    assert find_planes(stack, 2) == find_planes(stack)
+    assert find_planes(stack[:20], 2) == Planes(2, shared=False)  # too few frames to see it
+    assert find_planes(stack[:20]) is None
+    with pytest.raises(ValueError, match=r"planes: expected at least two frames of each of 11 planes, got 20 frames"):
+        find_planes(stack[:20], 11)
+
+
+def test_a_large_offset_costs_no_precision(scenes):
+    stack = recorded(interleaved(scenes[:2]))
+    far = stack.astype(np.int32) + 2_000_000_000
+    assert find_planes(far) == find_planes(stack)
+    away = WithoutPlanes(far, differences_of(plane_images(far, 2)))
+    assert away.dtype == np.float64
+    np.testing.assert_allclose(
+        away[:] - 2e9, WithoutPlanes(stack, differences_of(plane_images(stack, 2)))[:], atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize("length", [6, 7])
+def test_one_plane_is_a_stack(length: int, first: int, count: int):
+    stack = np.arange(length * 6).reshape(length, 2, 3)
+    plane, expected = one_plane(stack, first, count), stack[first::count]
+    assert plane.shape == expected.shape
+    assert len(plane) == len(expected)
+    for index in (
+        slice(None),
+        1,
+        -1,
+        slice(1, 3),
+        slice(1, 1),
+        slice(None, None, -1),
+        (slice(0, 2), slice(1), slice(1, 3)),
+    ):
+        np.testing.assert_array_equal(plane[index], expected[index])
+
+
+def test_slices_are_those_of_the_array():
+    stack = np.arange(7 * 4 * 5, dtype=np.uint16).reshape(7, 4, 5)
+    images = np.random.default_rng(0).uniform(-900, 900, (3, 4, 5))
+    away, dense = WithoutPlanes(stack, images), stack - images[np.arange(7) % 3]
+    assert (away.shape, away.dtype) == (stack.shape, np.float32)
+    for index in (5, slice(2, 7), (slice(0, 6, 2), slice(3, 0, -1), slice(1, 4)), (4, slice(1, 3)), np.array([6, 2])):
+        np.testing.assert_allclose(away[index], dense[index], rtol=1e-5)
+
+
+def test_planes_come_back_in_their_turns():
+    frames = np.arange(7.0 * 6).reshape(7, 2, 3)
+    again = list(in_turns([iter(frames[number::3]) for number in range(3)]))
+    np.testing.assert_array_equal(again, frames)
+    images = plane_images(frames, 3)
+    np.testing.assert_allclose(images, [frames[number::3].mean(0) for number in range(3)])
+    apart = differences_of(images)
+    np.testing.assert_allclose(list(put_back(iter(WithoutPlanes(frames, apart)[:]), apart)), frames, rtol=1e-6)
+
+
+def test_planes_of_other_activity_are_denoised_as_if_they_were_files(scenes):
+    stack, said, steps = recorded(interleaved(scenes[:2])), [], []
+    chosen = settings(iterations=0)
+    result = start_denoising(
+        stack, chosen, "restormer3d", torch.device("cpu"), None, lambda *step: steps.append(step), said.append
+    )
+    out = np.stack(list(result.frames))
+    for number in range(2):
+        np.testing.assert_array_equal(out[number::2], denoised(stack[number::2])[0])
+    assert result.record["planes"] == {"count": 2, "shared": False}
+    assert [each["method"] for each in result.record["each_plane"]] == ["restormer3d"] * 2
+    assert result.record["method"] == "restormer3d"
+    assert result.record["settings"]["inference"]["planes"] == "auto"
+    assert any("2 planes in turns" in line for line in said)
+    assert any(line.startswith("plane 2 of 2: ") for line in said)
+    of_frames = [(done, total) for stage, done, total in steps if stage == "denoise"]
+    assert all(before <= after for (before, _), (after, _) in itertools.pairwise(of_frames))
+    assert of_frames[-1][0] == of_frames[-1][1]
+
+
+def test_planes_close_to_one_another_keep_what_they_differ_by(scenes):
+    clean, said = neighboring(scenes[0]), []
+    stack = recorded(clean, level=1)
+    (out, record), (as_one, of_one) = denoised(stack, said), denoised(stack, planes=1)
+    assert record["planes"] == {"count": 2, "shared": True}
+    assert of_one["planes"] is None
+    assert any("2 images in turns" in line for line in said)
+
+    def error(frames):
+        return np.square(frames - clean).mean()
+
+    assert error(out) < 0.5 * error(as_one)
+    assert error(out) < error(denoised(stack, static_image=False)[0])
+    truth = differences_of(plane_images(clean, 2))
+    assert np.square(differences_of(plane_images(out, 2)) - truth).mean() < 0.1 * np.square(truth).mean()
+
+
+def test_light_is_taken_away_from_each_plane_alike(scenes):
+    clean = interleaved(scenes[:2])
+    bright = clean.copy()
+    bright[40:43] += 2000
+    out, record = denoised(recorded(bright))
+    assert stimulus_light(recorded(bright)) is not None
+    assert record["stimulus_light"]["frames"] == 3
+    assert record["planes"] == {"count": 2, "shared": False}
+    assert abs((out - bright)[40:43].mean()) < 40
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_filter_that_stands_in_keeps_planes_apart(scenes, shared):
+    clean = neighboring(scenes[0]) if shared else interleaved(scenes[:2])
+    cpu = torch.device("cpu")
+    stack = recorded(clean, level=1)
+    result = start_denoising(stack, settings(iterations=0), "restormer3d", cpu, 1e-3, silent, silent)
+    out = np.stack(list(result.frames))
+    assert result.record["planes"] == {"count": 2, "shared": shared}
+    assert result.record["method"] == "gaussian"
+    assert "instead_of_the_network" in result.record
+    truth = differences_of(plane_images(clean, 2))
+    assert np.square(differences_of(plane_images(out, 2)) - truth).mean() < 0.1 * np.square(truth).mean()
