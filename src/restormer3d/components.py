@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from restormer3d.filters import gaussian_matrix
 from restormer3d.principal import leading_components
 from restormer3d.threads import thread_count
 from restormer3d.tiling import hann_weights, window_starts
+from restormer3d.views import ChangedStack
 
 LEAST_FRAMES = 16
 """Frames that a stack must have: fewer say nothing of what pixels do together."""
@@ -56,7 +57,7 @@ denoised frames."""
 
 
 @dataclass(frozen=True)
-class AddedNoise:
+class AddedNoise(ChangedStack):
     """A lazy stack: another one with noise added that is like its own, the same at each reading.
 
     Attributes
@@ -69,19 +70,8 @@ class AddedNoise:
         Of a voxel's noise with its neighbors' along frames (not used), rows and columns, from lag 0 on.
     """
 
-    stack: Any
     variance: np.ndarray
     correlation: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]] = ((1.0,), (1.0,), (1.0,))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Frames, rows, columns."""
-        return self.stack.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """That of floating-point sums."""
-        return np.result_type(self.stack.dtype, np.float32)
 
     def __getitem__(self, frames: slice) -> np.ndarray:
         """Read frames with `_ADDED` times the noise of :meth:`noise` added."""

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from restormer3d.views import ChangedStack, SomeFrames
+
 _MOST_PLANES = 16  # that are looked for
 _RUN = 64  # consecutive frames that are looked at together
 _MOST_RUNS = 16
@@ -43,36 +45,13 @@ class Planes:
     shared: bool
 
 
-class SomeFrames:
-    """Frames of a stack by their numbers, increasing, as a stack that reads them when they are sliced."""
-
-    def __init__(self, stack: Any, numbers: np.ndarray):
-        self.stack, self.numbers = stack, numbers
-        self.shape: tuple[int, int, int] = (len(numbers), *stack.shape[1:])
-        self.dtype: np.dtype = stack.dtype
-        self.ndim = 3
-
-    def __len__(self) -> int:
-        """Return the number of frames."""
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """Read `some[t]`, `some[a:b]` or `some[a:b, y0:y1, x0:x1]`."""
-        times, *crop = index if isinstance(index, tuple) else (index,)
-        chosen = self.numbers[times]
-        if not chosen.size:
-            return self.stack[0:0, *crop]
-        first = int(chosen.min())
-        return self.stack[first : int(chosen.max()) + 1, *crop][chosen - first]
-
-
 def one_plane(stack: Any, number: int, count: int) -> SomeFrames:
     """Every `count`-th frame of a stack from frame `number` on."""
     return SomeFrames(stack, np.arange(number, stack.shape[0], count))
 
 
 @dataclass(frozen=True)
-class WithoutPlanes:
+class WithoutPlanes(ChangedStack):
     """A stack (T, H, W) less what its planes' images differ by, in floating point: integers might wrap.
 
     Parameters
@@ -83,18 +62,7 @@ class WithoutPlanes:
         What to take away from the frames of each plane, (planes, H, W).
     """
 
-    stack: Any
     differences: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Frames, rows and columns."""
-        return self.stack.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of what slicing gives: float32, or float64 for integers of 32 bits and more."""
-        return np.result_type(self.stack.dtype, np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Slice as the stack does."""

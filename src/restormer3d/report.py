@@ -15,7 +15,7 @@ import numpy as np
 
 from restormer3d.noise import estimate_noise
 from restormer3d.normalization import sample_frames
-from restormer3d.planes import SomeFrames
+from restormer3d.views import SomeFrames
 
 _STRIP_VALUES = 2**24  # most values of a strip of rows held at once
 
@@ -89,9 +89,10 @@ def held_out_frame_error(stack: Any, denoise: Callable[[Any], Iterable[np.ndarra
     previous: dict[int, np.ndarray] = {}
     count = 0
     for count, frame in enumerate(denoise(SomeFrames(stack, kept)), start=1):
-        current = np.asarray(frame, dtype=np.float64)
-        t = int(kept[min(count, len(kept)) - 1])
-        if t >= 2 * planes and count <= len(kept):
+        if count > len(kept):
+            continue
+        current, t = np.asarray(frame, dtype=np.float64), int(kept[count - 1])
+        if t >= 2 * planes:
             before, held_out, after = (f.astype(np.float64) for f in stack[t - 2 * planes : t + 1][::planes])
             errors.append(np.square(held_out - (previous[t % planes] + current) / 2).mean())
             near.append((np.square(held_out - before).mean() + np.square(after - held_out).mean()) / 4)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from restormer3d.threads import thread_count
+from restormer3d.views import ChangedStack
 
 _COLUMNS = 64  # of a row that are looked at, at most
 _ROWS = 9  # of which the middle one counts: edges of a lit band stay, single rows do not
@@ -32,7 +33,7 @@ _NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
 @dataclass(frozen=True)
-class WithoutLight:
+class WithoutLight(ChangedStack):
     """A stack (T, H, W) without the light that its rows share, in floating point: integers might wrap.
 
     Parameters
@@ -43,18 +44,7 @@ class WithoutLight:
         What to take away from every pixel of a row, (T, H).
     """
 
-    stack: Any
     light: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Frames, rows and columns."""
-        return self.stack.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of what slicing gives: float32, or float64 for integers of 32 bits and more."""
-        return np.result_type(self.stack.dtype, np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Slice as the stack does."""
