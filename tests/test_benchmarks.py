@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import artefacts, jobs, other_simulators, precision, quality, speed, speed_table
+from benchmarks import artefacts, jobs, other_simulators, precision, quality, speed, speed_table, training_choices
 from benchmarks.cells import truth_score
 from benchmarks.tables import markdown
 
@@ -251,3 +251,39 @@ def test_artefacts_differ(tmp_path):
     clean, noisy = artefacts.recording("vignetting", (20, 16, 16))
     filtered = evaluate_stacks(clean, array_and_record(noisy, settings(iterations=0), method="gaussian")[0])
     assert row.split("|")[2].strip() == f"{filtered['stsnr']:.2f} / {filtered['activity_snr']:.2f}"
+
+
+def test_training_choices_are_compared_in_equal_time_and_resumed(tmp_path, monkeypatch):
+    rows = ("**as published**", "LayerNorm that centers", "not down-sampled in time", "5 % masked")
+    monkeypatch.setattr(training_choices, "ROWS", {row: training_choices.ROWS[row] for row in rows})
+    monkeypatch.setattr(training_choices, "_ROUNDS", 1)
+    page = tmp_path / "page.md"
+    page.write_text(f"{training_choices.BEGIN}\n{training_choices.END}\n")
+    tiny = {"shape": (32, 32, 32), "iterations": 2, "seeds": 1, "dim": 4, "folder": tmp_path / "cells", "write": page}
+    assert training_choices.training_choices(**tiny) == 0
+    text = page.read_text()
+    assert all(f"| {row} | " in text for row in rows)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert len(kept) == 1 + len(rows)
+    assert training_choices.training_choices(**tiny) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == kept
+
+
+def test_the_changed_networks_of_the_training_choices_are_what_they_are_called():
+    x, background = torch.randn(1, 1, 8, 8, 8), torch.rand(1, 3, 1, 8, 8)
+    choose = training_choices.Choice
+    plain = training_choices._network(choose(), 8, 0)
+    with training_choices._changed(choose(in_time=False)):
+        flat = training_choices._network(choose(in_time=False), 8, 0)
+    assert [flat.unet.features(torch.randn(1, 1, frames, 8, 8)).shape[2] for frames in (1, 8)] == [1, 8]
+    block = plain.unet.encoder_level1[0][0]
+    features = torch.randn(1, 8, 8, 8, 8)
+    with training_choices._changed(choose(centered=True)):
+        centered = block(features) - features
+        shifted = block(features + 3) - (features + 3)
+    torch.testing.assert_close(shifted, centered, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(block(features + 3) - (features + 3), block(features) - features, rtol=1e-3, atol=1e-4)
+    for mean in ("given", "subtracted", "start"):
+        network = training_choices._network(choose(mean=mean), 8, 0)
+        assert network(x, background).shape == x.shape
+        assert not torch.equal(network(x, background), network(x, background + 1))
