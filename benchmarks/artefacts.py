@@ -197,6 +197,13 @@ def _two_planes(s: _Trial) -> _Recording:
     return s.both(clean)
 
 
+def _two_close_planes(s: _Trial) -> _Recording:
+    clean = s.clean.copy()
+    beside = s.beside().mean(0)
+    clean[1::2] += 0.3 * (beside - beside.mean())
+    return s.both(clean)
+
+
 def _shifted_lines(s: _Trial) -> _Recording:
     clean = s.clean.copy()
     clean[:, 1::2] = np.roll(clean[:, 1::2], 2, 2)
@@ -256,6 +263,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "five dropped frames": _dropped,
     "every frame twice": _repeated,
     "two planes by turns": _two_planes,
+    "two planes by turns, of the same activity": _two_close_planes,
     "every other line shifted by 2 pixels": _shifted_lines,
     "slow drift to another plane": _drift_in_depth,
     "few photons": _few_photons,

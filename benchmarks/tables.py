@@ -34,12 +34,12 @@ def markdown(results: dict[str, Any]) -> str:
         return "No cell has been computed."
     scenes = [cell for cell in cells if cell["kind"] == "scene"]
     real = [cell for cell in cells if cell["kind"] == "real"]
-    levels, recordings = sorted({cell["level"] for cell in scenes}), dict.fromkeys(map(_recording, real))
+    levels, recordings = sorted({cell["level"] for cell in scenes}), dict.fromkeys(map(recording_name, real))
     parts = [_origin(results)]
     parts += [_level_table(level, [cell for cell in scenes if cell["level"] == level]) for level in levels]
     if scenes:
         parts += [_SCENE_NOTES, _widths_table(scenes)]
-    parts += [_real_table(name, [cell for cell in real if _recording(cell) == name]) for name in recordings]
+    parts += [_real_table(name, [cell for cell in real if recording_name(cell) == name]) for name in recordings]
     if real:
         parts.append(_REAL_NOTES)
     if networks := [cell for cell in cells if METHODS[cell["method"]].kind == "network"]:
@@ -237,7 +237,7 @@ def _iterations(done: dict[str, Any]) -> str:
     return str(done.get("iterations", planned)) + ("" if kept is None else f" ({kept})")
 
 
-def _recording(cell: Cell) -> str:
+def recording_name(cell: Cell) -> str:
     spans = [f"{first}–{last - 1}" for first, last in cell["crop"]]
     parts = [f"{axis} {span}" for axis, span in zip(("frames", "rows", "columns"), spans, strict=False)]
     return ", ".join([f"Recording {cell['recording']}", *parts])
