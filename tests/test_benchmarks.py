@@ -7,8 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from benchmarks import artefacts, jobs, other_simulators, precision, quality, speed, speed_table, training_choices
+from benchmarks import (
+    artefacts,
+    jobs,
+    other_simulators,
+    planes,
+    precision,
+    quality,
+    speed,
+    speed_table,
+    training_choices,
+)
 from benchmarks.cells import truth_score
 from benchmarks.tables import markdown
 
@@ -287,3 +298,22 @@ def test_the_changed_networks_of_the_training_choices_are_what_they_are_called()
         network = training_choices._network(choose(mean=mean), 8, 0)
         assert network(x, background).shape == x.shape
         assert not torch.equal(network(x, background), network(x, background + 1))
+
+
+def test_the_planes_table_holds_out_whole_turns(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).normal(200, 5, (49, 24, 24)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "one.tif", noise)
+    noise[1::2, ::2] += 50
+    tifffile.imwrite(tmp_path / "two.tif", noise)
+    every = planes._rows(2, 0)
+    assert len(every) == 7
+    rows = {label: denoise for label, denoise in every.items() if label.startswith("Gaussian")}
+    monkeypatch.setattr(planes, "_rows", lambda count, iterations: rows)
+    page = tmp_path / "page.md"
+    assert planes.planes(f"{tmp_path}/two.tif:0:48", write=page) == 0
+    table = page.read_text()
+    assert "Recording two.tif, frames 0–47: 2 planes in turns" in table
+    errors = [float(line.split("|")[2]) for line in table.splitlines() if line.startswith("| Gaussian")]
+    assert errors[1] < 2 < errors[0]  # of all frames, in the planes' alternation; of each plane
+    with pytest.raises(ValueError, match="expected a recording of several planes"):
+        planes.planes(f"{tmp_path}/one.tif")
