@@ -8,6 +8,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from restormer3d.demo import RECORDING
@@ -225,3 +226,75 @@ def test_the_filter_that_stands_in_keeps_planes_apart(scenes, shared):
     assert "instead_of_the_network" in result.record
     truth = differences_of(plane_images(clean, 2))
     assert np.square(differences_of(plane_images(out, 2)) - truth).mean() < 0.1 * np.square(truth).mean()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("method", ["gaussian", "temporal-mean", "svd"])
+def test_filters_keep_planes_apart(scenes, method, shared):
+    clean = neighboring(scenes[0]) if shared else interleaved(scenes[:2])
+    stack, steps = recorded(clean, level=1), []
+    result = start_denoising(
+        stack, settings(), method, torch.device("cpu"), None, lambda *step: steps.append(step), silent
+    )
+    out = np.stack(list(result.frames))
+    assert result.record["method"] == method
+    truth = differences_of(plane_images(clean, 2))
+    assert np.square(differences_of(plane_images(out, 2)) - truth).mean() < 0.1 * np.square(truth).mean()
+    if method == "svd":
+        assert steps[-1][1] == steps[-1][2]
+
+
+def test_a_plane_without_light_is_left_as_it_is(scenes):
+    stack, said = recorded(scenes[0]), []
+    stack[1::2] = 0
+    out, record = denoised(stack, said)
+    assert (out[1::2] == 0).all()
+    np.testing.assert_array_equal(out[::2], denoised(stack[::2])[0])
+    assert record["method"] == "restormer3d"
+    assert record["each_plane"][1] == {"constant": True}
+    assert any(line.startswith("plane 2 of 2: ") and "left as it is" in line for line in said)
+
+
+def test_training_of_planes_is_told_plane_by_plane(scenes):
+    stack, steps = recorded(interleaved(scenes[:2])), []
+    start_denoising(
+        stack,
+        settings(iterations=1),
+        "restormer3d",
+        torch.device("cpu"),
+        None,
+        lambda *step: steps.append(step),
+        silent,
+    )
+    assert {stage for stage, *_ in steps} == {"train, plane 1 of 2", "train, plane 2 of 2"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_noise_of_planes_is_that_of_one(scenes, shared, tmp_path):
+    clean = neighboring(scenes[0]) if shared else interleaved(scenes[:2])
+    tifffile.imwrite(tmp_path / "planes.tif", recorded(clean, level=1))
+    tifffile.imwrite(tmp_path / "one.tif", recorded(scenes[0], level=1))
+    planes, one = (inspect(tmp_path / name) for name in ("planes.tif", "one.tif"))
+    assert planes["planes"] == {"count": 2, "shared": shared}
+    assert planes["noise"]["gain"] == pytest.approx(one["noise"]["gain"], rel=0.15)
+    assert planes["blind_spot"] == one["blind_spot"]
+
+
+def test_frames_between_those_of_a_plane_are_not_read():
+    class Recorder:
+        shape, dtype = (12, 3, 3), np.dtype(np.uint16)
+
+        def __getitem__(self, index):
+            read.append(range(12)[index[0]])
+            return np.zeros(self.shape, self.dtype)[index]
+
+    read: list[range] = []
+    assert one_plane(Recorder(), 1, 4)[0:3].shape == (3, 3, 3)
+    assert read == [range(1, 10, 4)]
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_narrow_fields_show_planes_too(side):
+    stack = np.random.default_rng(0).normal(100, 3, (96, side, 64))
+    stack[1::2] += 40 * np.sin(np.arange(64))
+    assert find_planes(stack) is not None

@@ -86,3 +86,20 @@ def test_calibration_leaves_the_model_as_it_was(noisy_stack, tmp_path):
     assert speed.seconds_per_window > 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert np.isfinite([p.sum().item() for p in model.parameters()]).all()
+
+
+def test_an_overlap_that_was_asked_for_stays_where_there_is_time():
+    chosen = settings("published", overlap=0.8)
+    assert fit_to_time(chosen, SHAPE, Calibration(0.1, 0.1), 1e6) == (chosen, "")
+
+
+def test_iterations_of_the_warm_up_are_timed_too(noisy_stack, tmp_path):
+    config = tmp_path / "small.toml"
+    config.write_text(
+        "[model]\ndim = 8\nnum_blocks = [1, 1, 1, 1]\nheads = [1, 1, 2, 2]\nlast_level_channels = 8\n"
+        "[training]\npatch = [8, 16, 16]\nbatch_size = 1\n[inference]\nwindow = [8, 16, 16]\n"
+    )
+    chosen = settings("published", weights="none", iterations=0, config_file=config)
+    assert chosen.training.warmup_iterations > 0
+    source = training_stack(noisy_stack)
+    assert calibrate(build_model(chosen), source, chosen, torch.device("cpu")).seconds_per_iteration > 0

@@ -61,6 +61,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, reason):
 def test_an_argument_is_refused_by_its_own_name():
     with pytest.raises(ValueError, match=r"^overlap: .*got 0.95$"):
         settings(overlap=0.95)
+    with pytest.raises(ValueError, match=r"^planes: Input should be greater than or equal to 1, got 0$"):
+        settings(planes=0)
 
 
 def test_a_folder_may_hold_weights_of_any_network(tmp_path):

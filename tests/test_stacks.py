@@ -724,6 +724,13 @@ def test_an_existing_output_needs_overwrite(tmp_path):
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out.tif"), frames_of())
 
 
+def test_a_name_may_be_as_long_as_the_folder_allows(tmp_path):
+    source = save(tmp_path / "in.tif", frames_of())
+    name = 251 * "x" + ".tif"
+    rewrite(source, tmp_path / name)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / name), frames_of())
+
+
 def test_outputs_that_can_not_be_written(tmp_path, monkeypatch):
     with pytest.raises(IsADirectoryError, match="name a file in it"):
         check_output(tmp_path, SHAPE, "int16")

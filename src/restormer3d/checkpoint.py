@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -46,7 +47,7 @@ class CheckpointError(ValueError):
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write to; what is written then takes the place of `path` in one step, unless writing fails."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    part = path.with_name(f".{zlib.crc32(path.name.encode()):08x}.part-{os.getpid()}")  # long names are near the limit
     try:
         yield part
         os.replace(part, path)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -19,8 +20,10 @@ from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
 from restormer3d.stacks import TiffStack, check_stack, finished_frames
 from restormer3d.stimulus_light import put_back, take_light_away, unlit_frames
+from restormer3d.views import Lowered, far_level
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
+_IN_TURNS = ("denoise", "svd")  # stages in which all planes come on together, frame by frame
 
 
 def array_and_record(
@@ -83,10 +86,25 @@ def start_denoising(
     Denoised
         What was done, and the iterator that does the rest.
     """
-    stack = _readable(stack)
-    if method != "restormer3d":
-        return by_filter(stack, chosen, method, progress, say)
+    if method not in get_args(Method):
+        raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
     started = time.monotonic()
+    stack = _readable(stack)
+    if level := far_level(stack):
+        stack = Lowered(stack, level)
+
+    def denoise_one(
+        stack: Any,
+        measured: np.ndarray | None,
+        images: np.ndarray | None,
+        seconds: float | None,
+        progress: Progress,
+        say: Say,
+    ) -> Denoised:
+        if method != "restormer3d":
+            return by_filter(stack, images, chosen, method, progress, say)
+        return by_network(stack, measured, images, chosen, device, seconds, progress, say, pretrained)
+
     light = measured = found = None
     if chosen.inference.stimulus_light:
         stack, light, measured = take_light_away(stack)
@@ -103,56 +121,63 @@ def start_denoising(
         if planes is not None:
             say(f"the frames show {planes.count} images in turns, as of planes close to one another: kept apart")
             images = plane_images(stack, planes.count)
-        denoised = by_network(stack, measured, images, chosen, device, left, progress, say, pretrained)
+        denoised = denoise_one(stack, measured, images, left, progress, say)
     else:
-        denoised = _plane_by_plane(stack, light, planes.count, chosen, device, left, progress, say, pretrained)
+        denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
     frames = denoised.frames if light is None else put_back(denoised.frames, light)
-    record = {"stimulus_light": found, "planes": None if planes is None else asdict(planes)}
+    if level:
+        frames = (np.add(frame, level, dtype=np.float64) for frame in frames)
+    record = {"level": level, "stimulus_light": found, "planes": None if planes is None else asdict(planes)}
     return replace(denoised, frames=frames, record=denoised.record | record)
 
 
 def _plane_by_plane(
+    denoise_one: Callable[..., Denoised],
     stack: Any,
     light: np.ndarray | None,
     count: int,
-    chosen: Settings,
-    device: torch.device,
     seconds: float | None,
     progress: Progress,
     say: Say,
-    pretrained: Pretrained | None,
 ) -> Denoised:
     """Denoise planes of different activity each as a stack of its own; `light` (T, H) is what was taken away."""
     say(f"the frames show {count} planes in turns, whose activity differs: each is denoised as a stack of its own")
-    done: dict[str, list[int]] = {}
+    done: dict[int, tuple[int, int]] = {}
 
     def advance(number: int, stage: str, of_plane: int, total: int) -> None:
-        of_planes = done.setdefault(stage, [0] * count)
-        of_planes[number] = of_plane
-        progress(stage, sum(of_planes), count * total)
+        if stage not in _IN_TURNS:
+            progress(f"{stage}, plane {number + 1} of {count}", of_plane, total)
+            return
+        done[number] = of_plane, total
+        so_far, known = (sum(values) for values in zip(*done.values(), strict=True))
+        progress(stage, so_far, known + (count - len(done)) * total)
 
     def tell(number: int, text: str) -> None:
         say(f"plane {number + 1} of {count}: {text}")
 
-    each = [
-        by_network(
-            one_plane(stack, number, count),
-            None if light is None else unlit_frames(light[number::count]),
-            None,
-            chosen,
-            device,
-            None if seconds is None else seconds / count,
-            partial(advance, number),
-            partial(tell, number),
-            pretrained,
-        )
-        for number in range(count)
-    ]
+    each: list[Denoised] = []
+    for number in range(count):
+        plane = one_plane(stack, number, count)
+        if _is_constant(plane):
+            tell(number, "every pixel of its frames is the same: it is left as it is")
+            each.append(Denoised((plane[t] for t in range(len(plane))), {"constant": True}))
+            continue
+        measured = None if light is None else unlit_frames(light[number::count])
+        of_plane = partial(advance, number), partial(tell, number)
+        each.append(denoise_one(plane, measured, None, None if seconds is None else seconds / count, *of_plane))
     records = [denoised.record for denoised in each]
-    common = {name: value for name, value in records[0].items() if all(other.get(name) == value for other in records)}
-    notes = [record["instead_of_the_network"] for record in records if "instead_of_the_network" in record]
+    denoised = [record for record in records if "constant" not in record]
+    first = denoised[0]  # what differs between planes is not constant
+    common = {name: value for name, value in first.items() if all(other.get(name) == value for other in denoised)}
+    notes = [record["instead_of_the_network"] for record in denoised if "instead_of_the_network" in record]
     record = common | {"each_plane": records} | ({"instead_of_the_network": notes[0]} if notes else {})
     return Denoised(in_turns([denoised.frames for denoised in each]), record)
+
+
+def _is_constant(stack: Any) -> bool:
+    """Whether all voxels are the same; of others, little more than the first frame is read."""
+    first = stack[0].flat[0]
+    return all((stack[t] == first).all() for t in range(stack.shape[0]))
 
 
 def _readable(stack: Any) -> Any:

@@ -15,7 +15,7 @@ import tifffile
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.planes import find_planes
+from restormer3d.planes import find_planes, of_one_image
 from restormer3d.progress import Progress, Say
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
 from restormer3d.settings import Settings
@@ -97,7 +97,9 @@ def evaluate_real(
     with open_stack(noisy) as stack:
         recording = stack[:]
     planes = find_planes(recording)
-    scores: dict[str, dict[str, Any]] = {"recording": {"photon_transfer": photon_transfer(recording)}}
+    scores: dict[str, dict[str, Any]] = {
+        "recording": {"photon_transfer": photon_transfer(of_one_image(recording, planes))}
+    }
     for method in methods:
         say(
             f"{method}: denoising the even frames"
@@ -122,7 +124,7 @@ def evaluate_real(
         }
         denoised = run(recording)
         result["residual"] = residual_whiteness(recording, denoised)
-        result["photon_transfer"] = photon_transfer(denoised)
+        result["photon_transfer"] = photon_transfer(of_one_image(denoised, planes))
         scores[method] = result
     return scores
 

@@ -92,6 +92,7 @@ def by_network(
         For all, frames included. Where they suffice for no network, the Gaussian filter stands in.
     """
     started = time.monotonic()
+    recorded = stack
     if images is not None:
         stack = WithoutPlanes(stack, differences_of(images))
     engine, precision = usable(chosen.engine, chosen.precision, device)
@@ -108,9 +109,8 @@ def by_network(
             say(note)
         if not ends_in_time(chosen, stack.shape, calibration, remaining):
             say("no network in the time that is left: the stack is denoised with the Gaussian filter instead")
-            filtered = by_filter(stack, chosen, "gaussian", progress, say)
-            frames = filtered.frames if images is None else put_back(filtered.frames, differences_of(images))
-            return replace(filtered, frames=frames, record=filtered.record | {"instead_of_the_network": note})
+            filtered = by_filter(recorded, images, chosen, "gaussian", progress, say)
+            return replace(filtered, record=filtered.record | {"instead_of_the_network": note})
     _say_plan(chosen, stack.shape, calibration, device, f"{engine} operators, {precision}", say)
     prepared = time.monotonic()
     history = fit(model, [source], chosen.training, device=device, precision=precision, progress=progress)
@@ -128,8 +128,14 @@ def by_network(
     return Denoised(frames, record | afterwards, model)
 
 
-def by_filter(stack: Any, chosen: Settings, method: Method, progress: Progress, say: Say) -> Denoised:
-    """Denoise by one of the plain filters."""
+def by_filter(
+    stack: Any, images: np.ndarray | None, chosen: Settings, method: Method, progress: Progress, say: Say
+) -> Denoised:
+    """Denoise by one of the plain filters; arguments as for :func:`by_network`."""
+    if images is not None:
+        apart = differences_of(images)
+        filtered = by_filter(WithoutPlanes(stack, apart), None, chosen, method, progress, say)
+        return replace(filtered, frames=put_back(filtered.frames, apart))
     if method == "temporal-mean":
         return Denoised(temporal_mean_frames(stack), {"method": method, "settings": {}})
     if method == "svd":

@@ -9,10 +9,10 @@ from typing import Any
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
-from restormer3d.planes import find_planes
+from restormer3d.planes import find_planes, of_one_image
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
-from restormer3d.stimulus_light import take_light_away
+from restormer3d.stimulus_light import take_light_away, unlit_frames
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -38,6 +38,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
         check = check_stack(stack)
         seen, light, measured = take_light_away(stack)
         planes = find_planes(seen)
+        if planes is not None and not planes.shared and light is not None:
+            measured = unlit_frames(light[:: planes.count])
+        seen = of_one_image(seen, planes)
         noise = estimate_noise(seen, frames=measured)
         percentiles = (0.5, 50.0, 99.5)
         values = sampled_percentiles(stack, percentiles)

@@ -120,6 +120,15 @@ def plane_images(stack: Any, count: int) -> np.ndarray:
     return total / np.bincount(np.arange(stack.shape[0]) % count)[:, None, None]
 
 
+def of_one_image(stack: Any, planes: Planes | None) -> Any:
+    """A stack that shows one image, to measure its noise: planes of the same activity together, else the first."""
+    if planes is None:
+        return stack
+    if planes.shared:
+        return WithoutPlanes(stack, differences_of(plane_images(stack, planes.count)))
+    return one_plane(stack, 0, planes.count)
+
+
 def differences_of(images: np.ndarray) -> np.ndarray:
     """What images (planes, H, W) differ by from their mean."""
     return images - images.mean(0)
@@ -197,13 +206,14 @@ def _planes_told_apart(seen: np.ndarray, found: dict[int, np.ndarray], frames: i
 def _same_activity(seen: np.ndarray, starts: np.ndarray, differences: np.ndarray) -> bool:
     """Whether what changes in one plane changes in the others, too; where little does, whether images are alike."""
     count, run = len(differences), seen.shape[1]
-    height, width = (side // _BLOCK * _BLOCK for side in seen.shape[2:])
-    blocks = np.empty((*seen.shape[:2], height // _BLOCK, width // _BLOCK))
+    down, along = (min(_BLOCK, side) for side in seen.shape[2:])
+    height, width = seen.shape[2] // down * down, seen.shape[3] // along * along
+    blocks = np.empty((*seen.shape[:2], height // down, width // along))
     image = np.zeros((height, width))
     for number, start in enumerate(starts):
         frames = (seen[number] - differences[(start + np.arange(run)) % count])[:, :height, :width]
         image += frames.mean(0) / len(starts)
-        blocks[number] = frames.reshape(run, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK).mean((2, 4))
+        blocks[number] = frames.reshape(run, height // down, down, width // along, along).mean((2, 4))
     blocks -= blocks.mean(1, keepdims=True)
     products = [(blocks[:, lag:] * blocks[:, :-lag]).mean() for lag in range(1, count + 1)]
     error = float(blocks.var()) / np.sqrt(blocks.size)

@@ -26,8 +26,8 @@ from restormer3d.static_image import SAMPLE_FRAMES
 from restormer3d.tiling import window_starts
 from restormer3d.training import fit
 
-# Overlaps in time and in the plane, from the recipe's down to none: what --time-limit may choose from.
-_OVERLAPS = ((0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
+# Overlaps in time and in the plane, from what was asked for down to none: what --time-limit may choose from.
+_OVERLAPS = ((1.0, 1.0), (0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at most
 _VOXEL_BYTES = 200  # that the default network computes a voxel of a large window with on a CPU
@@ -55,7 +55,7 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
     trial = copy.deepcopy(model)
     precision = usable(chosen.engine, chosen.precision, device)[1]
     marks: list[float] = []
-    if chosen.training.iterations:
+    if chosen.training.warmup_iterations + chosen.training.iterations:
         few = {"iterations": _GRAPH_ITERATIONS if device.type == "cuda" else 2, "warmup_iterations": 0, "held_out": 0.0}
         training = chosen.training.model_copy(update=few)
         fit(

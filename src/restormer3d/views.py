@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+_FAR = 2.0**16  # from which on float32 tells steps of less than 1/128 no more
+
 
 @dataclass(frozen=True)
 class ChangedStack:
@@ -31,6 +33,33 @@ class ChangedStack:
         return np.result_type(self.stack.dtype, np.float32)
 
 
+@dataclass(frozen=True)
+class Lowered(ChangedStack):
+    """A stack (T, H, W) less one level, so that float32 has room for what differs from it.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As recorded.
+    level : float
+        What to take away from every voxel.
+    """
+
+    level: float
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Slice as the stack does."""
+        return np.subtract(self.stack[index], self.level, dtype=self.dtype)
+
+
+def far_level(stack: Any) -> float:
+    """A whole number near the stack's intensities, where these are so large that float32 would round them; else 0."""
+    if np.can_cast(stack.dtype, np.float32):
+        return 0.0
+    level = float(np.rint(np.median(np.asarray(stack[0]))))
+    return level if abs(level) > _FAR else 0.0
+
+
 class SomeFrames:
     """Frames of a stack by their numbers, increasing, as a stack that reads them when they are sliced."""
 
@@ -50,5 +79,8 @@ class SomeFrames:
         chosen = self.numbers[times]
         if not chosen.size:
             return self.stack[0:0, *crop]
-        first = int(chosen.min())
-        return self.stack[first : int(chosen.max()) + 1, *crop][chosen - first]
+        first, last = int(chosen.min()), int(chosen.max())
+        steps = np.unique(np.diff(np.atleast_1d(chosen)))
+        if len(steps) == 1 and steps[0] > 0:  # frames between them are not read
+            return self.stack[first : last + 1 : int(steps[0]), *crop]
+        return self.stack[first : last + 1, *crop][chosen - first]

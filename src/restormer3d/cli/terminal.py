@@ -69,7 +69,8 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             for other in set(tasks) - {stage}:  # a stage may end early, as training does
                 bars.remove_task(tasks.pop(other))
             if stage not in tasks:
-                tasks[stage] = bars.add_task(_STAGES.get(stage, stage), total=total, rate="")
+                name, comma, plane = stage.partition(",")
+                tasks[stage] = bars.add_task(_STAGES.get(name, name) + comma + plane, total=total, rate="")
             speed = bars.tasks[bars.task_ids.index(tasks[stage])].speed
             bars.update(tasks[stage], completed=done, rate=f"{speed:.2g}/s" if speed else "")
             if done >= total:

@@ -1,0 +1,28 @@
+"""One stack from noisy to denoised, whatever its intensities are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import restormer3d
+from restormer3d.denoising import array_and_record
+from restormer3d.settings import settings
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "float64", ">i4"])
+@pytest.mark.parametrize("method", ["restormer3d", "gaussian", "svd"])
+def test_a_large_offset_costs_no_precision(method, dtype):
+    noise = np.random.default_rng(0).poisson(200, (24, 32, 32))
+    near, record = array_and_record(noise.astype(dtype), settings(iterations=0), method=method)
+    assert record["level"] == 0
+    far, record = array_and_record((noise + 2_000_000_000).astype(dtype), settings(iterations=0), method=method)
+    assert record["level"] == pytest.approx(2_000_000_200, abs=5)
+    assert far.dtype == np.dtype(dtype)
+    assert near.std() > 0
+    np.testing.assert_allclose(far.astype(float) - 2e9, near.astype(float), atol=1.01)
+
+
+def test_an_unknown_method_is_refused(noisy_stack):
+    with pytest.raises(ValueError, match=r"method: expected one of restormer3d, gaussian, .*, got 'n2v'"):
+        restormer3d.denoise(noisy_stack, method="n2v")  # pyright: ignore[reportArgumentType]
