@@ -50,8 +50,8 @@ class ModelConfig(_Config):
     sigmas_t : tuple of float
         Widths in frames of the temporal averages ("filters" only).
     sigmas_xy, sigmas_relative : tuple of float
-        Widths in pixels of the spatial averages taken of each temporal one, as they are and relative to the static
-        image ("filters" only).
+        Widths in pixels of the spatial averages taken of each temporal one, `sigmas_xy` as they are,
+        `sigmas_relative` relative to the static image ("filters" only).
     fold : tuple of int
         Frames, rows and columns of the blocks of voxels that the network sees as one voxel of many channels
         ("filters" only): it then computes as many times less, and sees as much further.
@@ -173,8 +173,8 @@ class InferenceConfig(_Config):
     courses : bool
         Whether their courses in time are then denoised (see `courses.denoise_courses`); only with `components`.
     planes : "auto" or int
-        Planes that the stack shows in turns, frame by frame: they are told apart before anything else (see
-        `planes.find_planes`). "auto" looks how many there are.
+        Planes that the stack shows in turns, frame by frame: they are told apart before anything but the light of a
+        stimulus (see `planes.find_planes`). "auto" looks how many there are.
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `stimulus_light.stimulus_light`).
