@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import restormer3d
 from restormer3d.denoising import array_and_record
 from restormer3d.settings import settings
+from restormer3d.workflow import output_files
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "float64", ">i4"])
@@ -26,3 +29,10 @@ def test_a_large_offset_costs_no_precision(method, dtype):
 def test_an_unknown_method_is_refused(noisy_stack):
     with pytest.raises(ValueError, match=r"method: expected one of restormer3d, gaussian, .*, got 'n2v'"):
         restormer3d.denoise(noisy_stack, method="n2v")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["out.tif", "out.TIFF", "out.btf", "out.tf8"])
+def test_an_output_that_is_named_as_a_file_is_one(name):
+    stack = Path("in.tif")
+    assert output_files([stack], Path(name)) == {stack: Path(name)}
+    assert output_files([stack], Path("folder")) == {stack: Path("folder/in.tif")}

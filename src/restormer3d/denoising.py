@@ -44,7 +44,8 @@ def array_and_record(
     Returns
     -------
     tuple of numpy.ndarray and dict
-        The denoised stack, of the same shape and dtype, and what was done, for a sidecar.
+        The denoised stack, of the same shape and dtype, and what was done, for a sidecar. Where its `level` is not 0,
+        it was taken from every voxel before, and normalization and noise are those of the rest.
     """
     check_stack(stack)
     seconds = None if time_limit is None else 60 * time_limit

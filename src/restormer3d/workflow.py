@@ -25,6 +25,7 @@ from restormer3d.stacks import TiffStack, check_folder, check_output, check_stac
 
 # What one stack may run into without taking the others along.
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
+_TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}  # the last three are used for BigTIFF
 
 
 def denoise(
@@ -205,7 +206,7 @@ def output_files(stacks: list[Path], output: Path) -> dict[Path, Path]:
     """
     if not stacks:
         raise ValueError("no stack given: name at least one TIFF file")
-    names_a_file = output.suffix.lower() in {".tif", ".tiff"} and not output.is_dir()
+    names_a_file = output.suffix.lower() in _TIFF_SUFFIXES and not output.is_dir()
     if names_a_file and len(stacks) > 1:
         raise ValueError(f"{len(stacks)} stacks cannot go into one file: give a folder instead of -o {output}")
     targets = {path: output if names_a_file else output / path.name for path in stacks}
