@@ -28,6 +28,7 @@ from benchmarks.memory import peak_resident_bytes
 from benchmarks.methods import METHODS, Method, Score
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.noise import estimate_noise
+from restormer3d.planes import find_planes, of_one_image
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
 from restormer3d.simulation import NoisyScene, Scene, noise_parameters, simulate_scene
 from restormer3d.stacks import open_stack, write_stack
@@ -127,7 +128,7 @@ def _real_cell(job: dict[str, Any], method: Method, workspace: Path, _: Path) ->
     if not method.oracle and job["method"] != "raw":
         denoised = np.stack(list(run("whole", recording)))
         cell["residual"] = residual_whiteness(recording, denoised)
-        cell["photon_transfer"] = photon_transfer(denoised)
+        cell["photon_transfer"] = photon_transfer(of_one_image(denoised, find_planes(recording)))
     return cell
 
 
