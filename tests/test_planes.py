@@ -245,14 +245,25 @@ def test_filters_keep_planes_apart(scenes, method, shared):
 
 
 def test_a_plane_without_light_is_left_as_it_is(scenes):
-    stack, said = recorded(scenes[0]), []
+    stack, said, steps = recorded(scenes[0]), [], []
     stack[1::2] = 0
-    out, record = denoised(stack, said)
+    chosen, cpu = settings(iterations=0), torch.device("cpu")
+    result = start_denoising(stack, chosen, "restormer3d", cpu, None, lambda *step: steps.append(step), said.append)
+    out, record = np.stack(list(result.frames)), result.record
+    assert steps[-1][1] == steps[-1][2]
     assert (out[1::2] == 0).all()
     np.testing.assert_array_equal(out[::2], denoised(stack[::2])[0])
     assert record["method"] == "restormer3d"
     assert record["each_plane"][1] == {"constant": True}
     assert any(line.startswith("plane 2 of 2: ") and "left as it is" in line for line in said)
+
+
+def test_planes_that_never_change_are_left_as_they_are():
+    stack = np.zeros((48, 16, 16), np.uint16)
+    stack[1::2] = 7
+    out, record = denoised(stack)
+    np.testing.assert_array_equal(out, stack)
+    assert record["each_plane"] == [{"constant": True}] * 2
 
 
 def test_training_of_planes_is_told_plane_by_plane(scenes):

@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write to; what is written then takes the place of `path` in one step, unless writing fails."""
-    part = path.with_name(f".{zlib.crc32(path.name.encode()):08x}.part-{os.getpid()}")  # long names are near the limit
+    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part-{os.getpid()}")
     try:
         yield part
         os.replace(part, path)

@@ -143,6 +143,8 @@ def _plane_by_plane(
 ) -> Denoised:
     """Denoise planes of different activity each as a stack of its own; `light` (T, H) is what was taken away."""
     say(f"the frames show {count} planes in turns, whose activity differs: each is denoised as a stack of its own")
+    planes = [one_plane(stack, number, count) for number in range(count)]
+    constant = [_is_constant(plane) for plane in planes]
     done: dict[int, tuple[int, int]] = {}
 
     def advance(number: int, stage: str, of_plane: int, total: int) -> None:
@@ -151,26 +153,24 @@ def _plane_by_plane(
             return
         done[number] = of_plane, total
         so_far, known = (sum(values) for values in zip(*done.values(), strict=True))
-        progress(stage, so_far, known + (count - len(done)) * total)
+        progress(stage, so_far, known + (constant.count(False) - len(done)) * total)
 
     def tell(number: int, text: str) -> None:
         say(f"plane {number + 1} of {count}: {text}")
 
     each: list[Denoised] = []
-    for number in range(count):
-        plane = one_plane(stack, number, count)
-        if _is_constant(plane):
+    for number, plane in enumerate(planes):
+        if constant[number]:
             tell(number, "every pixel of its frames is the same: it is left as it is")
-            each.append(Denoised((plane[t] for t in range(len(plane))), {"constant": True}))
+            each.append(Denoised(iter(plane), {"constant": True}))
             continue
         measured = None if light is None else unlit_frames(light[number::count])
-        of_plane = partial(advance, number), partial(tell, number)
-        each.append(denoise_one(plane, measured, None, None if seconds is None else seconds / count, *of_plane))
+        share = None if seconds is None else seconds / constant.count(False)
+        each.append(denoise_one(plane, measured, None, share, partial(advance, number), partial(tell, number)))
     records = [denoised.record for denoised in each]
-    denoised = [record for record in records if "constant" not in record]
-    first = denoised[0]  # what differs between planes is not constant
-    common = {name: value for name, value in first.items() if all(other.get(name) == value for other in denoised)}
-    notes = [record["instead_of_the_network"] for record in denoised if "instead_of_the_network" in record]
+    changed = [record for record in records if record != {"constant": True}] or records
+    common = {name: value for name, value in changed[0].items() if all(other.get(name) == value for other in changed)}
+    notes = [record["instead_of_the_network"] for record in changed if "instead_of_the_network" in record]
     record = common | {"each_plane": records} | ({"instead_of_the_network": notes[0]} if notes else {})
     return Denoised(in_turns([denoised.frames for denoised in each]), record)
 
@@ -178,7 +178,7 @@ def _plane_by_plane(
 def _is_constant(stack: Any) -> bool:
     """Whether all voxels are the same; of others, little more than the first frame is read."""
     first = stack[0].flat[0]
-    return all((stack[t] == first).all() for t in range(stack.shape[0]))
+    return all((frame == first).all() for frame in stack)
 
 
 def _readable(stack: Any) -> Any:

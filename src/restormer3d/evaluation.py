@@ -97,9 +97,8 @@ def evaluate_real(
     with open_stack(noisy) as stack:
         recording = stack[:]
     planes = find_planes(recording)
-    scores: dict[str, dict[str, Any]] = {
-        "recording": {"photon_transfer": photon_transfer(of_one_image(recording, planes))}
-    }
+    noise = photon_transfer(of_one_image(recording, planes))
+    scores: dict[str, dict[str, Any]] = {"recording": {"photon_transfer": noise}}
     for method in methods:
         say(
             f"{method}: denoising the even frames"

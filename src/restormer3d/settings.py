@@ -278,9 +278,8 @@ def _changed(config: Config, file: dict[str, Any], given: dict[str, Any] | None 
         return type(config).model_validate(config.model_dump() | file | given)
     except ValidationError as error:
         found = error.errors()
-        first = next(
-            (each for each in found if each["type"] != "literal_error"), found[0]
-        )  # of a number, "auto" is no help
+        # Where a number or "auto" is expected, what is wrong with the number says more.
+        first = next((each for each in found if each["type"] != "literal_error"), found[0])
         setting = str(first["loc"][0]) if first["loc"] else type(config).__name__
         name = _ARGUMENTS.get(setting, setting) if setting in given else setting
         if setting in file and setting not in given:

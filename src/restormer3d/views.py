@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,10 @@ class SomeFrames:
     def __len__(self) -> int:
         """Return the number of frames."""
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Read frame by frame."""
+        return (self[t] for t in range(len(self)))
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Read `some[t]`, `some[a:b]` or `some[a:b, y0:y1, x0:x1]`."""

@@ -105,7 +105,7 @@ def write_stack(
     check_output(path, shape, dtype, source=like.path if like else None, overwrite=overwrite)
     options = write_options(like, shape, dtype, classic_limit)
     clipped = np.zeros(2, np.int64)
-    part = path.with_name(f".{zlib.crc32(path.name.encode()):08x}.part-{os.getpid()}")  # not longer than the name
+    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part-{os.getpid()}")
     try:
         with _named_os_errors(path.parent, file_bytes(shape, dtype)):
             _write_pages(part, finished_frames(frames, shape, dtype, clipped), options, shape, dtype, like)
