@@ -15,7 +15,15 @@ from restormer3d.noise import estimate_noise
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.stimulus_light import WithoutLight, put_back, stimulus_light, unlit_frames
+from restormer3d.stimulus_light import (
+    Steadied,
+    WithoutLight,
+    put_back,
+    steadied,
+    stimulus_light,
+    take_light_away,
+    unlit_frames,
+)
 
 from .conftest import blinking_cells, photons
 
@@ -120,7 +128,7 @@ def test_a_large_offset_costs_no_precision(plain):
     assert WithoutLight(far, light)[31].dtype == np.float64
 
 
-def test_denoising_goes_around_the_light():
+def test_denoising_goes_around_the_light(monkeypatch):
     scene = simulate_scene((96, 64, 64), seed=78)
     clean = scene[:].astype(np.float64)
     bright, light = lit(clean, [(slice(40, 43), slice(None)), (slice(70, 71), slice(20, 50))], 2000)
@@ -145,6 +153,62 @@ def test_denoising_goes_around_the_light():
     assert error(out) < 0.5 * error(without)
     assert error(out) < 2 * error(never_lit, clean)  # lit frames have more noise than the others
     assert abs((out - bright)[light > 0].mean()) < 20
+    assert any("noise of that light is strong in 4 frames" in line for line in said)
+    monkeypatch.setattr("restormer3d.denoising.steadied", lambda stack, light: stack)
+    unsteady = denoised(noisy)[0]
+    assert np.square(out - bright)[light > 0].mean() < 0.2 * np.square(unsteady - bright)[light > 0].mean()
+    assert error(out) < error(unsteady)
+
+
+def test_rows_under_strong_light_have_noise_as_usual(plain):
+    clean, _ = lit(plain, [(slice(30, 33), slice(None)), (slice(80, 81), slice(10, 40))], 5000)
+    away, light = take_light_away(photons(clean))
+    steady = steadied(away, light)
+    off = steady[:] - plain
+    assert set(steady.kept) == {30, 31, 32, 80}
+    assert np.abs(away[30] - plain[30]).mean() > 4 * np.abs(off[20]).mean()
+    for t, rows in ((30, slice(None)), (80, slice(12, 38))):
+        assert np.abs(off[t, rows]).mean() < 1.5 * np.abs(off[20]).mean()
+        assert abs(off[t, rows].mean()) < np.abs(off[20]).mean()
+    np.testing.assert_array_equal(steady[80, :8], away[80, :8])
+    np.testing.assert_array_equal(steady[40:50], away[40:50])
+
+
+def test_light_that_is_not_the_same_in_all_rows_stays_so(plain):
+    slope = np.linspace(1000, 3000, 48)[:, None]
+    clean = plain.copy()
+    clean[30:33] += slope
+    away, light = take_light_away(photons(clean))
+    steady = steadied(away, light)
+    assert isinstance(steady, Steadied)
+    left = steady[31] + light[31][:, None] - plain[31]
+    assert np.abs(left.mean(1) - slope[:, 0])[4:-4].max() < 200
+
+
+def test_weak_light_and_light_that_leaves_too_little_change_nothing(plain):
+    away, light = take_light_away(photons(lit(plain, [(slice(30, 33), slice(None))], 35)[0]))
+    assert light is not None
+    assert steadied(away, light) is away
+    assert steadied(plain, np.ones(plain.shape[:2])) is plain
+
+
+def test_slices_of_a_steadied_stack_are_those_of_the_array(plain):
+    away, light = take_light_away(
+        photons(lit(plain, [(slice(0, 3), slice(None)), (slice(119, 120), slice(None))], 5000)[0])
+    )
+    steady = steadied(away, light)
+    dense = steady[:]
+    assert (steady.shape, steady.dtype) == (away.shape, away.dtype)
+    for index in (
+        0,
+        slice(1, 5),
+        (slice(0, 6, 2), slice(30, 3, -1), slice(1, 40)),
+        (119, slice(1, 30)),
+        np.array([119, 2]),
+        slice(None, None, -1),
+        slice(5, 5),
+    ):
+        np.testing.assert_allclose(steady[index], dense[index], rtol=1e-5)
 
 
 def test_the_filter_that_stands_in_for_the_network_keeps_the_light(plain):

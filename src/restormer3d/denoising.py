@@ -19,7 +19,7 @@ from restormer3d.planes import find_planes, in_turns, one_plane, plane_images
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
 from restormer3d.stacks import TiffStack, check_stack, finished_frames
-from restormer3d.stimulus_light import put_back, take_light_away, unlit_frames
+from restormer3d.stimulus_light import Steadied, put_back, steadied, take_light_away, unlit_frames
 from restormer3d.views import Lowered, far_level
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
@@ -96,19 +96,24 @@ def start_denoising(
 
     def denoise_one(
         stack: Any,
-        measured: np.ndarray | None,
+        light: np.ndarray | None,
         images: np.ndarray | None,
         seconds: float | None,
         progress: Progress,
         say: Say,
     ) -> Denoised:
+        if light is not None and images is None:
+            stack = steadied(stack, light)
+            if isinstance(stack, Steadied):
+                say(f"noise of that light is strong in {len(stack.kept)} frames: they are drawn towards those around")
         if method != "restormer3d":
             return by_filter(stack, images, chosen, method, progress, say)
+        measured = unlit_frames(light)
         return by_network(stack, measured, images, chosen, device, seconds, progress, say, pretrained)
 
-    light = measured = found = None
+    light = found = None
     if chosen.inference.stimulus_light:
-        stack, light, measured = take_light_away(stack)
+        stack, light = take_light_away(stack)
     if light is not None:
         found = {"frames": int(light.any(1).sum()), "largest": float(light.max())}
         say(
@@ -122,7 +127,7 @@ def start_denoising(
         if planes is not None:
             say(f"the frames show {planes.count} images in turns, as of planes close to one another: kept apart")
             images = plane_images(stack, planes.count)
-        denoised = denoise_one(stack, measured, images, left, progress, say)
+        denoised = denoise_one(stack, light, images, left, progress, say)
     else:
         denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
     frames = denoised.frames if light is None else put_back(denoised.frames, light)
@@ -164,9 +169,9 @@ def _plane_by_plane(
             tell(number, "every pixel of its frames is the same: it is left as it is")
             each.append(Denoised(iter(plane), {"constant": True}))
             continue
-        measured = None if light is None else unlit_frames(light[number::count])
+        of_plane = None if light is None else light[number::count]
         share = None if seconds is None else seconds / constant.count(False)
-        each.append(denoise_one(plane, measured, None, share, partial(advance, number), partial(tell, number)))
+        each.append(denoise_one(plane, of_plane, None, share, partial(advance, number), partial(tell, number)))
     records = [denoised.record for denoised in each]
     changed = [record for record in records if record != {"constant": True}] or records
     common = {name: value for name, value in changed[0].items() if all(other.get(name) == value for other in changed)}

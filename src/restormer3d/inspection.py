@@ -36,12 +36,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     with open_stack(path) as stack:
         check = check_stack(stack)
-        seen, light, measured = take_light_away(stack)
+        seen, light = take_light_away(stack)
         planes = find_planes(seen)
-        if planes is not None and not planes.shared and light is not None:
-            measured = unlit_frames(light[:: planes.count])
-        seen = of_one_image(seen, planes)
-        noise = estimate_noise(seen, frames=measured)
+        seen, lit = of_one_image(seen, planes), light
+        if light is not None and planes is not None and not planes.shared:
+            lit = light[:: planes.count]
+        noise = estimate_noise(seen, frames=unlit_frames(lit))
         percentiles = (0.5, 50.0, 99.5)
         values = sampled_percentiles(stack, percentiles)
         return {

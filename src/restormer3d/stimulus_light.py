@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from restormer3d.threads import thread_count
 from restormer3d.views import ChangedStack
@@ -29,6 +30,10 @@ _SAMPLE = 100  # of them that the static image and the noise are measured on
 _LEAST_SPREADS = 12.0  # median absolute deviations of rows' brightness that light has somewhere,
 _LEAST_NOISE = 0.4  # and in deviations of a voxel's noise;
 _SHARE_BESIDE = 0.4  # as much in the other rows of its band, or of the frame's, where all rows are lit
+_STRONG = 0.7  # share of a lit row's deviation that an unlit one has, below which frames are steadied
+_COMPARED = 24  # unlit frames that say what is usual
+_AROUND = 4  # unlit frames on either side of a frame
+_SURE = 3.0  # standard errors, from which on what is left of a row's light counts
 _NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
@@ -88,7 +93,7 @@ def stimulus_light(stack: Any) -> np.ndarray | None:
     return light if light.any() else None
 
 
-def take_light_away(stack: Any) -> tuple[Any, np.ndarray | None, np.ndarray | None]:
+def take_light_away(stack: Any) -> tuple[Any, np.ndarray | None]:
     """Take the light of a stimulus away from a stack, if there is any.
 
     Returns
@@ -97,19 +102,99 @@ def take_light_away(stack: Any) -> tuple[Any, np.ndarray | None, np.ndarray | No
         Without the light; the same one where there is none.
     light : numpy.ndarray or None
         As :func:`stimulus_light` finds it.
-    measured : numpy.ndarray or None
-        Frames to measure noise on, since the light's photons are noise, too; None for all.
     """
     light = stimulus_light(stack)
+    return (stack, None) if light is None else (WithoutLight(stack, light), light)
+
+
+def unlit_frames(light: np.ndarray | None) -> np.ndarray | None:
+    """Numbers of the frames without light (T, H), whose noise is as usual; None for all, or if fewer than 16."""
     if light is None:
-        return stack, None, None
-    return WithoutLight(stack, light), light, unlit_frames(light)
-
-
-def unlit_frames(light: np.ndarray) -> np.ndarray | None:
-    """Numbers of the frames without light (T, H), whose noise is as usual; None if they are fewer than 16."""
+        return None
     unlit = np.flatnonzero(~light.any(1))
     return unlit if len(unlit) >= _LEAST_FRAMES else None
+
+
+@dataclass(frozen=True)
+class Steadied(ChangedStack):
+    """A stack (T, H, W) whose rows under strong light are drawn towards unlit frames around: their noise is as usual.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Without the light.
+    kept : dict of int to numpy.ndarray
+        By frame, what its rows differ by as a whole from the mean of the frames around, and what they keep of the rest
+        of the difference, (2, H).
+    unlit : numpy.ndarray
+        Numbers of the frames without light, increasing.
+    """
+
+    kept: dict[int, np.ndarray]
+    unlit: np.ndarray
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Slice as the stack does."""
+        times, *crop = index if isinstance(index, tuple) else (index,)
+        frames = np.array(self.stack[index], dtype=self.dtype)
+        for frame, t in zip(
+            frames.reshape(-1, *frames.shape[-2:]), np.ravel(np.arange(self.shape[0])[times]), strict=True
+        ):
+            if (kept := self.kept.get(int(t))) is not None:
+                offset, share = kept[:, crop[0] if crop else slice(None), None]
+                base = _mean_around(self.stack, self.unlit, int(t), tuple(crop)) + offset
+                frame[...] = base + share * (frame - base)
+        return frames
+
+
+def steadied(stack: Any, light: np.ndarray) -> Any:
+    """Draw rows whose noise is raised by the photons of light towards unlit frames around, as far as it takes.
+
+    Whatever denoises afterwards takes the noise of all frames for the same, and would let that of lit ones pass.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Without the light.
+    light : numpy.ndarray
+        What was taken away, (T, H).
+
+    Returns
+    -------
+    stack of shape (T, H, W)
+        The same one where light is weak, or too few frames are without it.
+    """
+    unlit = unlit_frames(light)
+    lit = np.flatnonzero(light.any(1))
+    if unlit is None:
+        return stack
+
+    def rows(t: int) -> np.ndarray:
+        """Median and median absolute deviation of the rows' difference from the frames around, (2, H)."""
+        apart = stack[t] - _mean_around(stack, unlit, t, ())
+        middle = np.median(apart, axis=1)
+        return np.stack([middle, np.median(np.abs(apart - middle[:, None]), axis=1)])
+
+    usual = np.median([rows(int(t))[1] for t in unlit[:: -(-len(unlit) // _COMPARED)]], axis=0)
+    kept = {}
+    for t in lit:
+        middle, spread = rows(int(t))
+        share = median_filter(usual / np.maximum(spread, 1e-30), _ROWS, mode="nearest")
+        rows_lit = light[t] > 0
+        if np.median(share[rows_lit]) < _STRONG:
+            share = np.where(rows_lit, np.minimum(share, 1), 1)
+            offset = median_filter(middle, _ROWS, mode="nearest")  # of light that is not the same in all of its band
+            error = spread * np.pi / 2 / np.sqrt(_ROWS * stack.shape[2]) / _NORMAL_MEDIAN  # of a median of medians
+            kept[int(t)] = np.stack([np.where(np.abs(offset) > _SURE * error, offset, 0), share])
+    return Steadied(stack, kept, unlit) if kept else stack
+
+
+def _mean_around(stack: Any, unlit: np.ndarray, t: int, crop: tuple[Any, ...]) -> np.ndarray:
+    """Mean of the unlit frames next to a frame, on both sides, without it."""
+    place = int(np.searchsorted(unlit, t))
+    after = place + (place < len(unlit) and unlit[place] == t)
+    around = [*unlit[max(0, place - _AROUND) : place], *unlit[after : after + _AROUND]]
+    return np.stack([stack[(int(number), *crop)] for number in around]).mean(0, np.float64)
 
 
 def put_back(frames: Iterator[np.ndarray], light: np.ndarray) -> Iterator[np.ndarray]:
