@@ -13,6 +13,7 @@ from restormer3d.planes import find_planes, of_one_image
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
 from restormer3d.stimulus_light import take_light_away, unlit_frames
+from restormer3d.views import Lowered, far_level
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -36,12 +37,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     with open_stack(path) as stack:
         check = check_stack(stack)
-        seen, light = take_light_away(stack)
+        level = far_level(stack)
+        seen, light = take_light_away(Lowered(stack, level) if level else stack)
         planes = find_planes(seen)
         seen, lit = of_one_image(seen, planes), light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
         noise = estimate_noise(seen, frames=unlit_frames(lit))
+        range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
         values = sampled_percentiles(stack, percentiles)
         return {
@@ -54,10 +57,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "minimum": check.minimum,
             "maximum": check.maximum,
             "percentiles": dict(zip(percentiles, values, strict=True)),
-            "normalization": asdict(estimate_normalization(seen)),
+            "normalization": {"low": range_of.low + level, "high": range_of.high + level},
             "planes": None if planes is None else asdict(planes),
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
-            "noise": asdict(noise),
+            "noise": asdict(noise) | {"offset": noise.offset + level},
             "blind_spot": blind_spot_extent(noise),
         }
 
@@ -76,23 +79,29 @@ def describe(facts: dict[str, Any]) -> str:
         "stack": f"{frames} frames of {height} x {width}, {facts['dtype']}, axes {facts['axes']}",
         "note": facts["note"],
         "size": f"{facts['megabytes']:.1f} MB of voxels",
-        "intensities": f"{facts['minimum']:g} to {facts['maximum']:g}; percentiles "
-        + ", ".join(f"{p:g} %: {value:g}" for p, value in facts["percentiles"].items()),
+        "intensities": f"{_shown(facts['minimum'])} to {_shown(facts['maximum'])}; percentiles "
+        + ", ".join(f"{p:g} %: {_shown(value)}" for p, value in facts["percentiles"].items()),
         "light": f"rows of {facts['lit_frames']} frames are brighter as a whole, as if lit by a stimulus"
         * bool(facts["lit_frames"]),
         "planes": _planes_in_words(facts["planes"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
-        "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); offset {noise['offset']:.4g}",
+        "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); "
+        f"offset {_shown(noise['offset'])}",
         "photons": "not known: the noise does not grow with the signal"
         if photons is None
         else f"{photons:.3g} per pixel and frame (median)",
         "noise at lag 1": f"x {seen['x']}, y {seen['y']}, t {seen['t']} (correlation; 0 is white)",
         "blind spot": f"{wide} voxels (frames x rows x columns)" + " because neighbors are correlated" * any(extent),
-        "denoise would": f"normalize to {facts['normalization']['low']:g} .. {facts['normalization']['high']:g}, run "
+        "denoise would": f"normalize to {' .. '.join(map(_shown, facts['normalization'].values()))}, run "
         f"{training_plan(chosen)} in windows of {window} with "
         f"{chosen.inference.overlap_t:.0%} overlap, and write {facts['dtype']} of the same shape",
     }
     return "\n".join(f"{name:>15}: {text}" for name, text in rows.items() if text)
+
+
+def _shown(intensity: float) -> str:
+    """All digits before the point: of large ones the last may be the signal."""
+    return f"{intensity:.{10 if abs(intensity) >= 1e5 else 5}g}"
 
 
 def _planes_in_words(planes: dict[str, Any] | None) -> str:

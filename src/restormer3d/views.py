@@ -54,10 +54,14 @@ class Lowered(ChangedStack):
 
 
 def far_level(stack: Any) -> float:
-    """A whole number near the stack's intensities, where these are so large that float32 would round them; else 0."""
+    """A whole number below the stack's intensities, where these are so large that float32 would round them; else 0.
+
+    As far below as they reach up, for intensity without light may be there, which noise estimates take for positive.
+    """
     if np.can_cast(stack.dtype, np.float32):
         return 0.0
-    level = float(np.rint(np.median(np.asarray(stack[0]))))
+    low, high = np.percentile(np.asarray(stack[0], np.float64), (0.5, 99.5))
+    level = float(np.floor(low - (high - low)))
     return level if abs(level) > _FAR else 0.0
 
 
