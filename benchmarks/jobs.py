@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cyclopts import App
+
 from benchmarks.methods import METHODS
 
 FIRST_SEED = 5000  # scene k has seed 5000 + k: no scene of pretraining or of its validation
@@ -101,6 +103,15 @@ def cell_file(folder: Path, job: dict[str, Any]) -> Path:
 def without_folders(words: list[str]) -> str:
     """Write a command as one line, of paths elsewhere their last part alone: the table names nobody's folders."""
     return shlex.join(word.rpartition("/")[2] if word.startswith(("/", "..", "~")) else word for word in words)
+
+
+def run_app(app: App) -> None:
+    """Run a command line and exit: with what it returns, or 2 for bad arguments."""
+    try:
+        sys.exit(app())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def _network(name: str, options: Options) -> dict[str, Any]:

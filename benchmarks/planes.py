@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from cyclopts import App
 
-from benchmarks.jobs import real_job, without_folders
+from benchmarks.jobs import real_job, run_app, without_folders
 from benchmarks.tables import publish, recording_name
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
@@ -98,14 +98,5 @@ def _each_plane(stack: Any, chosen: Settings, count: int, method: Method = "rest
     return in_turns([iter(_denoised(one_plane(stack, number, count), chosen, method)) for number in range(count)])
 
 
-def main() -> None:
-    """Run the command line: exit 2 for bad arguments."""
-    try:
-        sys.exit(app())
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

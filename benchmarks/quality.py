@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from benchmarks.cells import ROOT, write_json
-from benchmarks.jobs import Options, cell_file, real_job, rows, scene_jobs, without_folders
+from benchmarks.jobs import Options, cell_file, real_job, rows, run_app, scene_jobs, without_folders
 from benchmarks.pictures import draw_level
 from benchmarks.tables import markdown, put_between, row_label
 
@@ -203,14 +203,5 @@ def _quick(folder: Path) -> int:
     return fill_table(jobs, folder / "cells", document, _QUICK_NOTE)
 
 
-def main() -> None:
-    """Run the command line: exit 0 if the table is complete, 1 if a cell failed, 2 for bad arguments."""
-    try:
-        sys.exit(app())
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

@@ -137,9 +137,8 @@ class Steadied(ChangedStack):
         """Slice as the stack does."""
         times, *crop = index if isinstance(index, tuple) else (index,)
         frames = np.array(self.stack[index], dtype=self.dtype)
-        for frame, t in zip(
-            frames.reshape(-1, *frames.shape[-2:]), np.ravel(np.arange(self.shape[0])[times]), strict=True
-        ):
+        numbers = np.atleast_1d(np.arange(self.shape[0])[times])
+        for frame, t in zip(frames if frames.ndim == 3 else frames[None], numbers, strict=True):
             if (kept := self.kept.get(int(t))) is not None:
                 offset, share = kept[:, crop[0] if crop else slice(None), None]
                 base = _mean_around(self.stack, self.unlit, int(t), tuple(crop)) + offset
