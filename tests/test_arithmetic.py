@@ -102,7 +102,7 @@ def test_bf16_trains_float32_weights_and_blends_in_float32(tiny_model, noisy_sta
     assert 0 < difference < 0.1
 
 
-def test_filters_are_exact_whatever_the_precision_of_the_network():
+def test_filters_are_exact_where_the_network_computes_in_bfloat16():
     model = Restormer3D(ModelConfig(**TINY, start="filters"))  # whose network adds nothing yet
     x = torch.rand(1, 1, 16, 16, 16)
     background = background_of(x.mean(2, keepdim=True))

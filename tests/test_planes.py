@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from dataclasses import replace
 from importlib import resources
 
@@ -11,6 +12,7 @@ import pytest
 import tifffile
 import torch
 
+from restormer3d import denoising, fitting
 from restormer3d.demo import RECORDING
 from restormer3d.denoising import start_denoising
 from restormer3d.inspection import describe, inspect
@@ -181,9 +183,23 @@ def test_planes_of_other_activity_are_denoised_as_if_they_were_files(scenes):
     assert result.record["settings"]["inference"]["planes"] == "auto"
     assert any("2 planes in turns" in line for line in said)
     assert any(line.startswith("plane 2 of 2: ") for line in said)
-    of_frames = [(done, total) for stage, done, total in steps if stage == "denoise"]
-    assert all(before <= after for (before, _), (after, _) in itertools.pairwise(of_frames))
-    assert of_frames[-1][0] == of_frames[-1][1]
+    stages = [stage for stage, _ in itertools.groupby(step[0] for step in steps)]
+    assert stages == ["denoise, plane 1 of 2", "denoise, plane 2 of 2"]  # never both at once, with the memory of two
+    for stage in stages:
+        of_frames = [step[1:] for step in steps if step[0] == stage]
+        assert of_frames == sorted(of_frames)
+        assert of_frames[-1][0] == of_frames[-1][1]
+
+
+def test_frames_of_a_plane_may_wait_in_a_file(scenes, monkeypatch, tmp_path):
+    stack = recorded(interleaved(scenes[:2]))
+    expected, _ = denoised(stack)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(denoising, "_ASIDE_BYTES", 1000)
+    np.testing.assert_array_equal(denoised(stack)[0], expected)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OSError, match=r"none.*TMPDIR"):
+        denoised(stack)
 
 
 def test_planes_close_to_one_another_keep_what_they_differ_by(scenes):
@@ -266,18 +282,28 @@ def test_planes_that_never_change_are_left_as_they_are():
     assert record["each_plane"] == [{"constant": True}] * 2
 
 
-def test_training_of_planes_is_told_plane_by_plane(scenes):
-    stack, steps = recorded(interleaved(scenes[:2])), []
-    start_denoising(
-        stack,
-        settings(iterations=1),
+def test_planes_are_trained_one_after_the_other_in_the_time_that_is_left(scenes, monkeypatch):
+    shares, steps = [], []
+
+    def by_network(stack, measured, images, chosen, device, seconds, progress, *_):
+        shares.append(seconds)
+        progress("train", 1, 1)
+        return fitting.Denoised(iter(stack), {})
+
+    monkeypatch.setattr(denoising, "by_network", by_network)
+    result = start_denoising(
+        recorded(interleaved(scenes[:3])),
+        settings(),
         "restormer3d",
         torch.device("cpu"),
-        None,
+        90.0,
         lambda *step: steps.append(step),
         silent,
     )
-    assert {stage for stage, *_ in steps} == {"train, plane 1 of 2", "train, plane 2 of 2"}
+    assert len(list(result.frames)) == SHAPE[0]
+    assert [stage for stage, *_ in steps] == [f"train, plane {number} of 3" for number in (1, 2, 3)]
+    assert shares[0] == pytest.approx(30, rel=0.1)
+    assert shares[2] == pytest.approx(90, rel=0.1)  # what the others did not take
 
 
 @pytest.mark.parametrize("shared", [False, True])

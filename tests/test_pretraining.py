@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,25 @@ def test_scenes_of_other_processes_are_the_same(training, tmp_path, one_thread):
     for a, b in zip(here.parameters(), elsewhere.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert not multiprocessing.active_children()
+
+
+def test_a_scene_is_prepared_once_while_iterations_draw_from_it(training, monkeypatch):
+    prepared = []
+
+    class Pool:
+        def submit(self, _, number):
+            prepared.append(number)
+            done = Future()
+            done.set_result(number)
+            return done
+
+    monkeypatch.setattr(scenes, "process_pool", lambda *_: nullcontext(Pool()))
+    row = scenes.Scenes(1, 1000, (16, 16, 16), 0, (16, 16, 16))
+    with scenes.scenes_ahead(torch.nn.Identity(), row, workers=2) as scene:
+        for iteration in range(400):
+            assert [scene(number) for number in row.pool(iteration)] == row.pool(iteration)
+    assert sorted(prepared) == list(range(len(prepared)))
+    assert len(prepared) < 100
 
 
 def die(_: int) -> None:

@@ -253,11 +253,13 @@ def test_four_frames_that_tifffile_took_for_colors(tmp_path):
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out.tif"), data)
 
 
-def scanimage(path: Path, channels: str = "1", planes: int = 1, frames: int = 12, bigtiff: bool = True) -> Path:
+def scanimage(
+    path: Path, channels: str = "1", planes: int = 1, frames: int = 12, bigtiff: bool = True, more: str = ""
+) -> Path:
     """Write pages as ScanImage does: settings in every page, a time stamp of its own in each."""
     settings = (
         f"SI.VERSION_MAJOR = 2020\nSI.hChannels.channelSave = {channels}\nSI.hStackManager.numSlices = {planes}\n"
-        f"SI.hStackManager.enable = {str(planes > 1).lower()}\nSI.hStackManager.framesPerSlice = 1000\n"
+        f"SI.hStackManager.enable = {str(planes > 1).lower()}\nSI.hStackManager.framesPerSlice = 1000\n" + more
     )
     with tifffile.TiffWriter(path, bigtiff=bigtiff, byteorder="<") as writer:
         if bigtiff:
@@ -298,6 +300,14 @@ def test_scanimage_channels_and_planes_are_not_mixed_as_time(tmp_path):
         open_stack(scanimage(tmp_path / "channels.tif", channels="[1;2]"))
     with pytest.raises(StackError, match="axes TZYX = 4 x 3 x 24 x 32"):
         open_stack(scanimage(tmp_path / "planes.tif", planes=3))
+    flyback = "SI.hFastZ.numDiscardFlybackFrames = 1\n"
+    with_flyback = "SI.hStackManager.numFramesPerVolume = 3\nSI.hStackManager.numFramesPerVolumeWithFlyback = 4\n"
+    for more in (flyback, with_flyback, flyback + "SI.hFastZ.numFramesPerVolume = 4\n"):
+        with pytest.raises(StackError, match=r"axes TZYX = 3 x 4 x 24 x 32.*range\(0, 12, 4\)"):
+            open_stack(scanimage(tmp_path / "volumes.tif", planes=3, more=more))
+    with pytest.raises(StackError, match="header does not tell which pages") as error:
+        open_stack(scanimage(tmp_path / "slow.tif", planes=3, more="SI.hStackManager.stackMode = 'slow'\n"))
+    assert "range(" not in str(error.value)
     old = "state.acq.numberOfChannelsSave=2\nstate.acq.numberOfZSlices=1\n"
     with tifffile.TiffWriter(tmp_path / "old.tif") as writer:
         for frame in frames_of():
@@ -338,6 +348,26 @@ def test_one_file_of_a_set_of_channels(tmp_path, name):
     if name == "run_Ch2.ome.tif":
         assert pixels["Channel"]["Name"] == "PMT1"
         assert pixels["Plane"][3]["DeltaT"] == 1.3
+
+
+def test_one_file_of_a_set_over_time_keeps_its_own_times(tmp_path):
+    places = [(0 if t < 7 else 1, t) for t in range(14)]
+    data = "".join(
+        f'<TiffData FirstT="{t}" IFD="{t % 7}" PlaneCount="1"><UUID FileName="run_{part}.ome.tif">urn:uuid:{part}'
+        "</UUID></TiffData>"
+        for part, t in places
+    )
+    data += "".join(f'<Plane TheC="0" TheT="{t}" TheZ="0" DeltaT="{t / 10}"/>' for _, t in places)
+    xml = (
+        '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="int16" SizeX="32" SizeY="24" '
+        f'SizeC="1" SizeZ="1" SizeT="14"><Channel ID="Channel:0:0"/>{data}</Pixels></Image></OME>'
+    )
+    rewrite(save(tmp_path / "run_1.ome.tif", frames_of(), "plain", description=xml.encode()), tmp_path / "out.tif")
+    with tifffile.TiffFile(tmp_path / "out.tif") as tif:
+        planes = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]["Pixels"]["Plane"]
+    assert [plane["TheT"] for plane in planes] == list(range(7))
+    assert [plane["DeltaT"] for plane in planes] == [t / 10 for t in range(7, 14)]
 
 
 def test_both_channels_in_one_file_of_a_set(tmp_path):
@@ -513,6 +543,12 @@ BAD = {
     "bool": (lambda p: save(p, frames_of() > 0, photometric=0), "found bool"),
     "complex": (lambda p: save(p, frames_of().astype("complex64")), "found complex64"),
     "undecodable": (undecodable, "frame 5 can't be read"),
+    "volume": (
+        lambda p: save(p, frames_of(), "zlib", volumetric=True),
+        "expected a page for each frame, found all 7 compressed in one as a volume",
+    ),
+    "too large": (with_values("float32", f2=1e30), r"reach over 1e-12 to 1e\+15, got -?\d.* to 1e\+30"),
+    "too small": (lambda p: save(p, frames_of("float32") * np.float32(1e-25)), "multiply by a power of ten"),
     "nan": (with_values("float32", f2=np.nan, f5=np.inf), "found 1536 voxels of NaN or infinity, the first in frame 2"),
     "constant": (lambda p: save(p, np.full(SHAPE, 7, "int16")), "every voxel is 7: nothing to denoise"),
 }

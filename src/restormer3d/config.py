@@ -78,6 +78,13 @@ class ModelConfig(_Config):
             )
         if any(self.dim * 2**level % heads for level, heads in enumerate(self.heads)):
             raise ValueError(f"heads {self.heads} must divide the channels of their levels, dim * 2**level")
+        if min(*self.sigmas_t, *self.sigmas_xy, *self.sigmas_relative, 1.0) <= 0:
+            raise ValueError("sigmas_t, sigmas_xy and sigmas_relative must be above 0")
+        if not self.sigmas_t or max(self.sigmas_xy, default=0.0) <= 1:
+            raise ValueError(
+                "the network sees averages over frames and over more than a pixel: expected a width in sigmas_t, and "
+                f"one above 1 in sigmas_xy, got {self.sigmas_t} and {self.sigmas_xy}"
+            )
         return self
 
 
@@ -175,6 +182,9 @@ class InferenceConfig(_Config):
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but the light of a
         stimulus (see `planes.find_planes`). "auto" looks how many there are.
+    idle_frames : bool
+        Whether frames that are blank or repeat the one before are set aside and put back as they were (see
+        `idle_frames.frames_shown`).
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `stimulus_light.stimulus_light`).
@@ -193,6 +203,7 @@ class InferenceConfig(_Config):
     footprints: bool = False
     courses: bool = False
     planes: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    idle_frames: bool = False
     stimulus_light: bool = False
     static_image: bool = False
 
@@ -247,6 +258,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         footprints=True,
         courses=True,
         planes="auto",
+        idle_frames=True,
         stimulus_light=True,
         static_image=True,
     )

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, get_args
+from tempfile import SpooledTemporaryFile, gettempdir
+from typing import Any, Literal, get_args
 
 import numpy as np
 import psutil
 import torch
 
+from restormer3d import idle_frames, stimulus_light
 from restormer3d.arithmetic import forced_engine, torch_device
 from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
+from restormer3d.idle_frames import frames_shown, without_idle
 from restormer3d.planes import find_planes, in_turns, one_plane, plane_images
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
 from restormer3d.stacks import TiffStack, check_stack, finished_frames
-from restormer3d.stimulus_light import Steadied, put_back, steadied, take_light_away, unlit_frames
+from restormer3d.stimulus_light import Steadied, steadied, take_light_away, unlit_frames
 from restormer3d.views import Lowered, far_level
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
-_IN_TURNS = ("denoise", "svd")  # stages in which all planes come on together, frame by frame
+_ASIDE_BYTES = 2**28  # of a plane's denoised frames that wait in memory; more wait in a temporary file
 
 
 def array_and_record(
@@ -111,13 +115,16 @@ def start_denoising(
         measured = unlit_frames(light)
         return by_network(stack, measured, images, chosen, device, seconds, progress, say, pretrained)
 
-    light = found = None
+    with_idle = stack
+    shown = None
+    if chosen.inference.idle_frames:
+        stack, shown = set_idle_aside(stack, chosen.inference.planes, say)
+    light = None
     if chosen.inference.stimulus_light:
         stack, light = take_light_away(stack)
     if light is not None:
-        found = {"frames": int(light.any(1).sum()), "largest": float(light.max())}
         say(
-            f"rows of {found['frames']} frames are brighter as a whole, by up to {found['largest']:.4g}, as if lit by "
+            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by "
             "a stimulus: that light is taken away before denoising and put back afterwards"
         )
     planes = find_planes(stack, chosen.inference.planes)
@@ -130,11 +137,38 @@ def start_denoising(
         denoised = denoise_one(stack, light, images, left, progress, say)
     else:
         denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
-    frames = denoised.frames if light is None else put_back(denoised.frames, light)
+    frames = denoised.frames if light is None else stimulus_light.put_back(denoised.frames, light)
+    if shown is not None:
+        frames = idle_frames.put_back(frames, with_idle, shown)
     if level:
         frames = (np.add(frame, level, dtype=np.float64) for frame in frames)
-    record = {"level": level, "stimulus_light": found, "planes": None if planes is None else asdict(planes)}
+    record = {
+        "level": level,
+        "idle_frames": 0 if shown is None else len(shown) - stack.shape[0],
+        "stimulus_light": None if light is None else {"frames": int(light.any(1).sum()), "largest": float(light.max())},
+        "planes": planes if planes is None else asdict(planes),
+    }
     return replace(denoised, frames=frames, record=denoised.record | record)
+
+
+def set_idle_aside(stack: Any, planes: int | Literal["auto"], say: Say = silent) -> tuple[Any, np.ndarray | None]:
+    """Set frames aside that are blank or repeat the one before, and say so.
+
+    Returns
+    -------
+    stack : stack of shape (T, H, W)
+        Of the other frames; the same one where all are.
+    shown : numpy.ndarray or None
+        As :func:`idle_frames.frames_shown` finds it; None where no frame is set aside.
+    """
+    shown = frames_shown(stack)
+    others = without_idle(stack, shown)
+    # Of planes in turns one may be blank: without it the others would be out of turn.
+    if others is stack or others.shape[0] < 2 or find_planes(stack, planes) is not None:
+        return stack, None
+    blank, idle = int((shown < 0).sum()), len(shown) - others.shape[0]
+    say(f"{blank} frames are blank, {idle - blank} repeat the one before: they are set aside and put back as they were")
+    return others, shown
 
 
 def _plane_by_plane(
@@ -146,38 +180,62 @@ def _plane_by_plane(
     progress: Progress,
     say: Say,
 ) -> Denoised:
-    """Denoise planes of different activity each as a stack of its own; `light` (T, H) is what was taken away."""
-    say(f"the frames show {count} planes in turns, whose activity differs: each is denoised as a stack of its own")
-    planes = [one_plane(stack, number, count) for number in range(count)]
-    constant = [_is_constant(plane) for plane in planes]
-    done: dict[int, tuple[int, int]] = {}
+    """Denoise planes of different activity one after the other, in what is left of the time.
 
-    def advance(number: int, stage: str, of_plane: int, total: int) -> None:
-        if stage not in _IN_TURNS:
-            progress(f"{stage}, plane {number + 1} of {count}", of_plane, total)
-            return
-        done[number] = of_plane, total
-        so_far, known = (sum(values) for values in zip(*done.values(), strict=True))
-        progress(stage, so_far, known + (constant.count(False) - len(done)) * total)
+    `light` (T, H) is what was taken away.
+    """
+    say(f"the frames show {count} planes in turns, whose activity differs: each is denoised as a stack of its own")
+    started = time.monotonic()
+    planes = [one_plane(stack, number, count) for number in range(count)]
+    changing = [number for number, plane in enumerate(planes) if not _is_constant(plane)]
+
+    def advance(number: int, stage: str, done: int, total: int) -> None:
+        progress(f"{stage}, plane {number + 1} of {count}", done, total)
 
     def tell(number: int, text: str) -> None:
         say(f"plane {number + 1} of {count}: {text}")
 
     each: list[Denoised] = []
     for number, plane in enumerate(planes):
-        if constant[number]:
+        if number not in changing:
             tell(number, "every pixel of its frames is the same: it is left as it is")
             each.append(Denoised(iter(plane), {"constant": True}))
             continue
         of_plane = None if light is None else light[number::count]
-        share = None if seconds is None else seconds / constant.count(False)
-        each.append(denoise_one(plane, of_plane, None, share, partial(advance, number), partial(tell, number)))
+        left = changing[changing.index(number) :]
+        share = None if seconds is None else (seconds - (time.monotonic() - started)) / len(left)
+        denoised = denoise_one(plane, of_plane, None, share, partial(advance, number), partial(tell, number))
+        # Planes at work at the same time would each hold the memory of a stack.
+        each.append(denoised if len(left) == 1 else replace(denoised, frames=_set_aside(denoised.frames)))
     records = [denoised.record for denoised in each]
     changed = [record for record in records if record != {"constant": True}] or records
     common = {name: value for name, value in changed[0].items() if all(other.get(name) == value for other in changed)}
     notes = [record["instead_of_the_network"] for record in changed if "instead_of_the_network" in record]
     record = common | {"each_plane": records} | ({"instead_of_the_network": notes[0]} if notes else {})
     return Denoised(in_turns([denoised.frames for denoised in each]), record)
+
+
+def _set_aside(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Compute all frames now, and give them back one by one: from a temporary file if they are many."""
+    with ExitStack() as until_written:
+        kept = until_written.enter_context(SpooledTemporaryFile(_ASIDE_BYTES))
+        count = 0
+        for frame in frames:
+            try:
+                np.save(kept, frame)
+            except OSError as error:
+                reason = f"{gettempdir()}: denoised frames of a plane have to wait there ({error.strerror or error})"
+                raise OSError(f"{reason}. Make room, or set TMPDIR to another folder.") from error
+            count += 1
+        kept.seek(0)
+        until_read = until_written.pop_all()
+
+    def read() -> Iterator[np.ndarray]:
+        with until_read:
+            for _ in range(count):
+                yield np.load(kept)
+
+    return read()
 
 
 def _is_constant(stack: Any) -> bool:

@@ -21,7 +21,8 @@ from restormer3d.report import held_out_frame_error, photon_transfer, residual_w
 from restormer3d.settings import Settings
 from restormer3d.sidecar import as_json
 from restormer3d.simulation import NoisyScene, simulate_scene, write_scene
-from restormer3d.stacks import StackError, TiffStack, open_stack
+from restormer3d.stacks import StackError, TiffStack, check_stack, open_stack
+from restormer3d.workflow import FAILURES
 
 
 def evaluate(
@@ -91,10 +92,11 @@ def evaluate_real(
     Returns
     -------
     dict
-        For each method the held-out error, the whiteness of the residual, and the photon transfer line; and
-        `instead_of_the_network` where the time sufficed for none.
+        For each method the held-out error, the whiteness of the residual, and the photon transfer line;
+        `instead_of_the_network` where the time sufficed for none; `failed` with the reason where it could not end.
     """
     with open_stack(noisy) as stack:
+        check_stack(stack)
         recording = stack[:]
     planes = find_planes(recording)
     noise = photon_transfer(of_one_image(recording, planes))
@@ -115,16 +117,20 @@ def evaluate_real(
                 result["instead_of_the_network"] = "Gaussian filter, for want of time"
             return denoised
 
-        held_out = held_out_frame_error(recording, run, 1 if planes is None else planes.count)
-        result["held_out"] = {
-            "mse": held_out.mse,
-            "standard_error": held_out.standard_error,
-            "in_noise_variances": held_out.in_noise_variances,
-        }
-        denoised = run(recording)
-        result["residual"] = residual_whiteness(recording, denoised)
-        result["photon_transfer"] = photon_transfer(of_one_image(denoised, planes))
         scores[method] = result
+        try:
+            held_out = held_out_frame_error(recording, run, 1 if planes is None else planes.count)
+            result["held_out"] = {
+                "mse": held_out.mse,
+                "standard_error": held_out.standard_error,
+                "in_noise_variances": held_out.in_noise_variances,
+            }
+            denoised = run(recording)
+            result["residual"] = residual_whiteness(recording, denoised)
+            result["photon_transfer"] = photon_transfer(of_one_image(denoised, planes))
+        except FAILURES as error:
+            result["failed"] = str(error) or type(error).__name__
+            say(f"{method} failed: {result['failed']}")
     return scores
 
 

@@ -32,6 +32,7 @@ from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
 from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise
+from restormer3d.normalization import temporal_mean, temporal_median
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planes import WithoutPlanes, differences_of, put_back
@@ -40,8 +41,10 @@ from restormer3d.progress import Progress, Say
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, networks_record, weights_record
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
+from restormer3d.stimulus_light import Steadied
 from restormer3d.training import fit
 from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork
+from restormer3d.views import SomeFrames
 
 _ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes
 
@@ -101,7 +104,8 @@ def by_network(
     source, noise = _source(stack, measured, chosen, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
     source, adapted = _adapt(model, source, chosen, device, seconds, say)
-    calibration = calibrate(model, source, chosen, device)
+    learned = to_learn_from(source)
+    calibration = calibrate(model, learned, chosen, device)
     if seconds is not None:
         remaining = seconds - (time.monotonic() - started)
         chosen, note = fit_to_time(chosen, stack.shape, calibration, remaining)
@@ -113,7 +117,7 @@ def by_network(
             return replace(filtered, record=filtered.record | {"instead_of_the_network": note})
     _say_plan(chosen, stack.shape, calibration, device, f"{engine} operators, {precision}", say)
     prepared = time.monotonic()
-    history = fit(model, [source], chosen.training, device=device, precision=precision, progress=progress)
+    history = fit(model, [learned], chosen.training, device=device, precision=precision, progress=progress)
     if history and "kept_iteration" in history[-1]:
         kept = history[-1]["kept_iteration"]
         say(
@@ -321,6 +325,16 @@ def _source(stack: Any, measured: np.ndarray | None, chosen: Settings, say: Say)
             + " (frames x rows x columns)"
         )
     return source, noise
+
+
+def to_learn_from(source: TrainingStack) -> TrainingStack:
+    """Leave out frames that were drawn towards others: in them, the network would see voxels that it is to predict."""
+    stack = source.stack
+    if not isinstance(stack, Steadied):
+        return source
+    some = SomeFrames(stack, np.setdiff1d(np.arange(stack.shape[0]), list(stack.kept)))
+    mean, median = (source.normalization.apply(of(some)) for of in (temporal_mean, temporal_median))
+    return replace(source, stack=some, mean=mean, median=median)
 
 
 def _duration(seconds: float) -> str:

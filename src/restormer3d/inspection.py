@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from restormer3d.denoising import set_idle_aside
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
@@ -27,8 +28,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames lit
-        by a stimulus, noise (photon transfer, correlation) and blind spot.
+        File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank or
+        repeats, frames lit by a stimulus, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -38,7 +39,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     with open_stack(path) as stack:
         check = check_stack(stack)
         level = far_level(stack)
-        seen, light = take_light_away(Lowered(stack, level) if level else stack)
+        seen, shown = set_idle_aside(Lowered(stack, level) if level else stack, "auto")
+        idle = 0 if shown is None else len(shown) - seen.shape[0]
+        seen, light = take_light_away(seen)
         planes = find_planes(seen)
         seen, lit = of_one_image(seen, planes), light
         if light is not None and planes is not None and not planes.shared:
@@ -59,6 +62,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "percentiles": dict(zip(percentiles, values, strict=True)),
             "normalization": {"low": range_of.low + level, "high": range_of.high + level},
             "planes": None if planes is None else asdict(planes),
+            "idle_frames": idle,
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
             "noise": asdict(noise) | {"offset": noise.offset + level},
             "blind_spot": blind_spot_extent(noise),
@@ -83,6 +87,8 @@ def describe(facts: dict[str, Any]) -> str:
         + ", ".join(f"{p:g} %: {_shown(value)}" for p, value in facts["percentiles"].items()),
         "light": f"rows of {facts['lit_frames']} frames are brighter as a whole, as if lit by a stimulus"
         * bool(facts["lit_frames"]),
+        "idle": f"{facts['idle_frames']} frames are blank or repeat the one before: they stay as they are"
+        * bool(facts["idle_frames"]),
         "planes": _planes_in_words(facts["planes"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
         "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); "

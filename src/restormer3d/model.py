@@ -222,8 +222,8 @@ class Restormer3D(nn.Module):
         usual = self.filter_weights.expand(x.shape[0], -1, -1) if mixture is None or not mixture.numel() else mixture
         modes = self.mixture_modes[:_LOCAL_MODES].expand(len(usual), -1, -1, -1)
         weights = torch.cat([usual.unsqueeze(1), modes], 1)
-        exactly = partial(torch.autocast, x.device.type, enabled=False)  # filters, whatever the network's precision
-        with exactly():
+        not_in_bfloat16 = partial(torch.autocast, x.device.type, enabled=False)  # the filters are most of the result
+        with not_in_bfloat16():
             bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
             strips = bank.strips(config.fold[1])
             evidence = torch.cat([_folded_evidence(bank, rows, config.fold) for rows in strips], 3)
@@ -231,7 +231,7 @@ class Restormer3D(nn.Module):
         changes = []
         for rows, cells in zip(strips, features, strict=True):
             along = _unfolded_by_pixel(self.unet.output(cells).to(x.dtype), config.fold)
-            with exactly():
+            with not_in_bfloat16():
                 mixed = _mixed(bank, rows, weights)  # (B, rows, W, 1 + modes, T)
                 along = along[:, : mixed.shape[1], : mixed.shape[2], :, : mixed.shape[4]]
                 changes.append(mixed[..., 0, :] + (along * mixed[..., 1:, :]).sum(3))

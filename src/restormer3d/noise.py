@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import uniform_filter
 
 LEAK_THRESHOLD = 0.08
 _TAIL = 0.025  # correlation of farther neighbors that counts, where that of nearer ones does
@@ -21,6 +22,7 @@ _TINY = 1e-30
 _MOST_FRAMES, _MOST_SIDE = 240, 256  # that are looked at
 _TIME_LAGS = 2
 _SPACE_LAGS = 3
+_AROUND = 5  # pixels along each side, of a mean that fine detail is told from
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class NoiseEstimate:
         Variance at zero light, ADU^2 (0 if the line crosses zero variance at a positive intensity).
     offset : float
         Intensity at zero light, ADU: where the line meets `read_noise_variance`. A line alone cannot tell a
-        positive offset from a smaller read noise; the smaller of the two possible corrections is reported.
+        positive offset from a smaller read noise; the smaller of the two possible corrections is reported. Where
+        pixels are below 0 on average, the offset is, too, and the read noise counts as 0: a level that is too low
+        costs little, one that is too high much.
     photons_per_pixel : float or None
         Median over pixels of the mean intensity in photons; None if the gain is 0.
     correlation : dict of str to tuple of float
@@ -108,14 +112,17 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     clipped = ((sample == sample.min()) | (sample == sample.max())).mean(axis=(0, 1))
     pairs = sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
     usual = usual_variance(mean, growth[0], pairs)
-    over_time = _time_correlation((growth / usual)[:, changes])
+    fine = _squared_differences(_fine(sample))
+    over_time = _time_correlation((fine / usual_variance(mean, fine[0], pairs))[:, changes])
     variance = _at_lag_zero(growth, memory=max(np.abs(over_time)) > LEAK_THRESHOLD)
     gain, intercept = _robust_line(*_bins_by_mean(mean[changes], variance[changes], clipped[changes], pairs))
     offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
+    if _is_below_zero(mean[changes], intercept, sample.shape[0] * sample.shape[1]):
+        offset = -intercept / gain if gain > 0 else float(np.quantile(mean[changes], 0.01))
     differences = np.diff(sample, axis=1).reshape(-1, *mean.shape) / np.sqrt(2 * usual, dtype=np.float32)
     return NoiseEstimate(
         gain=gain,
-        read_noise_variance=max(0.0, intercept),
+        read_noise_variance=max(0.0, intercept + gain * offset) if offset <= 0 else 0.0,
         offset=offset,
         photons_per_pixel=(float(np.median(mean[changes])) - offset) / gain if gain > 0 else None,
         correlation={
@@ -198,6 +205,11 @@ def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.nda
     return np.maximum(np.interp(mean, means, variances), max(1e-6 * variances.max(), _TINY))
 
 
+def _is_below_zero(mean: np.ndarray, intercept: float, frames: int) -> bool:
+    """Whether means of pixels are so far below 0 that noise around zero light does not explain it."""
+    return bool(np.quantile(mean, 0.01) < -4 * np.sqrt(max(intercept, 0.0) / frames))
+
+
 def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
     height, width = stack.shape[1:]
     run = min(_RUN, len(frames))
@@ -210,13 +222,25 @@ def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
 
 
 def _still_runs(sample: np.ndarray) -> np.ndarray:
-    """Leave out runs in which a pair of frames differs far more than usual: a jump, or an outlier frame."""
+    """Leave out runs that never change, or with frames that differ far more than usual: a jump, an outlier."""
     pairs = np.square(np.diff(sample, axis=1)).mean(axis=(2, 3))
+    if (changes := pairs.any(axis=1)).any():
+        sample, pairs = sample[changes], pairs[changes]
     worst = pairs.max(axis=1)
     still = worst <= 1.5 * np.median(pairs)
     if 4 * still.sum() < len(sample):
         still = worst <= np.median(worst)
     return sample[still]
+
+
+def _fine(sample: np.ndarray) -> np.ndarray:
+    """What a mean over some pixels around leaves of frames (..., h, w).
+
+    Breathing, ripple of the mains and neuropil are the same there, and would be taken for noise with a memory.
+    """
+    if min(sample.shape[2:]) < _AROUND:
+        return sample
+    return sample - uniform_filter(sample, (0, 0, _AROUND, _AROUND))
 
 
 def _squared_differences(sample: np.ndarray) -> np.ndarray:
@@ -323,4 +347,4 @@ def _time_correlation(growth: np.ndarray) -> tuple[float, ...]:
     typical = [_middle_mean(image) for image in growth]
     slope, level = np.polyfit(range(3, _MAX_LAG + 1), typical[2:], 1)
     white = [max(level + slope * lag, _TINY) for lag in range(1, _TIME_LAGS + 1)]
-    return tuple(float(1 - seen / expected) for seen, expected in zip(typical, white, strict=False))
+    return tuple(float(max(-1.0, 1 - seen / expected)) for seen, expected in zip(typical, white, strict=False))

@@ -1,7 +1,9 @@
 """What one training step learns: the temporal median, or masked voxels that the network cannot see (Noise2Void).
 
 The blind spot is strict: neither a masked voxel nor one whose noise is correlated with it reaches the network, not
-at borders and not through the temporal mean.
+at borders and not through the temporal mean. Where images of planes have been taken away from their frames
+(`planes.WithoutPlanes`), the share of a voxel in its plane's image, one over the frames of that plane, stays in the
+other frames.
 """
 
 from __future__ import annotations

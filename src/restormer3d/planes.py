@@ -171,7 +171,7 @@ def _images_apart(seen: np.ndarray, starts: np.ndarray, most: int) -> dict[int, 
     total = np.zeros((2, sum(counts), seen[0, 0].size))
     for number, (start, frames) in enumerate(zip(starts, seen, strict=True)):
         weights = np.concatenate([_phase_weights(count, int(start), run) for count in counts])
-        total[number % 2] += weights.astype(np.float32) @ frames.reshape(run, -1)
+        total[2 * number // runs] += weights.astype(np.float32) @ frames.reshape(run, -1)
     total /= np.array([-(-runs // 2), runs // 2])[:, None, None]
     images = np.split(total.reshape(2, -1, *seen.shape[2:]), np.cumsum(list(counts))[:-1], axis=1)
     return {count: each - each.mean(1, keepdims=True) for count, each in zip(counts, images, strict=True)}

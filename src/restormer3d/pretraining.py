@@ -27,7 +27,7 @@ from restormer3d.patches import TrainingStack, measured_stack, training_stack
 from restormer3d.progress import Progress
 from restormer3d.scenes import Scenes, adapted, scenes_ahead, simulated
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.stacks import check_stack, open_stack
+from restormer3d.stacks import TIFF_SUFFIXES, check_stack, open_stack
 from restormer3d.thinning import prepare_thinning
 from restormer3d.training import fit
 
@@ -216,11 +216,16 @@ def stack_files(stacks: Sequence[Path]) -> list[Path]:
     """TIFF files among the given paths, those inside folders included, in order of their names."""
     found: list[Path] = []
     for path in stacks:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in {".tif", ".tiff"}) if path.is_dir() else [path]
+        inside = sorted(filter(_is_tiff, path.iterdir())) if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: a folder without TIFF files")
         found += inside
     return found
+
+
+def _is_tiff(path: Path) -> bool:
+    """Whether it is named as a TIFF file; hidden ones, such as the shadows that macOS leaves, are none."""
+    return path.suffix.lower() in TIFF_SUFFIXES and not path.name.startswith(".")
 
 
 def validate(

@@ -85,10 +85,12 @@ def scenes_ahead(model: Restormer3D, scenes: Scenes, workers: int) -> Iterator[C
     def scene(number: int) -> TrainingStack:
         if not processes:
             processes.append(until_end.enter_context(process_pool(workers, _tell, copy.deepcopy(model).cpu(), scenes)))
-        near = [each % scenes.count for each in range(number - _POOL, number + _POOL + _AHEAD * workers)]
-        for each in set(coming).difference(near):
+        # Numbers of one pool are asked for in any order: what one of them is ahead of, others must not drop.
+        last = number + _POOL + _AHEAD * workers
+        kept = {each % scenes.count for each in range(number - _POOL, last + _POOL)}
+        for each in set(coming) - kept:
             del coming[each]
-        for each in near[_POOL:]:
+        for each in (each % scenes.count for each in range(number, last)):
             if each not in coming:
                 coming[each] = processes[0].submit(_prepare, each)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,10 @@ def settings(
         If a setting is unknown or out of range; the message names it.
     """
     file = _read_toml(config_file)
+    if sigma is not None and not (min(sigma) >= 0 and math.isfinite(sum(sigma))):
+        raise ValueError(
+            f"sigma: expected widths of at least 0 in frames and pixels, got {sigma[0]:g} and {sigma[1]:g}"
+        )
     source, networks = _weights_files(recipe_name, weights)
     model, training, inference = recipe(recipe_name, pretrained=source is not None)
     if source is not None:
@@ -163,6 +168,12 @@ def settings(
     if networks is not None and source != networks / SHIPPED_WEIGHTS and not any(steps):
         raise ValueError(f"{networks}: it holds weights of small networks, but none of their steps is switched on")
     return Settings(recipe_name, model, training, inference, source, networks, sigma, precision, engine)
+
+
+def check_time_limit(minutes: float | None) -> None:
+    """Raise ValueError if a time limit is no number of minutes above 0."""
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise ValueError(f"time-limit: expected a number of minutes above 0, got {minutes:g}")
 
 
 def pretraining_settings(

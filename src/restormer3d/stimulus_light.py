@@ -30,6 +30,7 @@ _SAMPLE = 100  # of them that the static image and the noise are measured on
 _LEAST_SPREADS = 12.0  # median absolute deviations of rows' brightness that light has somewhere,
 _LEAST_NOISE = 0.4  # and in deviations of a voxel's noise;
 _SHARE_BESIDE = 0.4  # as much in the other rows of its band, or of the frame's, where all rows are lit
+_ALIKE = 0.2  # correlation of what lit rows differ by with the static image, from which on it is activity
 _STRONG = 0.7  # share of a lit row's deviation that an unlit one has, below which frames are steadied
 _COMPARED = 24  # unlit frames that say what is usual
 _AROUND = 4  # unlit frames on either side of a frame
@@ -168,19 +169,24 @@ def steadied(stack: Any, light: np.ndarray) -> Any:
     if unlit is None:
         return stack
 
-    def rows(t: int) -> np.ndarray:
-        """Median and median absolute deviation of the rows' difference from the frames around, (2, H)."""
-        apart = stack[t] - _mean_around(stack, unlit, t, ())
+    def rows(t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Median and median absolute deviation (H,) of the rows' difference from the frames around; how alike (H,)."""
+        around = _mean_around(stack, unlit, t, ())
+        apart = stack[t] - around
         middle = np.median(apart, axis=1)
-        return np.stack([middle, np.median(np.abs(apart - middle[:, None]), axis=1)])
+        apart -= middle[:, None]
+        around -= around.mean(1, keepdims=True)
+        alike = (apart * around).mean(1) / np.sqrt((apart**2).mean(1) * (around**2).mean(1) + 1e-30)
+        return middle, np.median(np.abs(apart), axis=1), alike
 
     usual = np.median([rows(int(t))[1] for t in unlit[:: -(-len(unlit) // _COMPARED)]], axis=0)
     kept = {}
     for t in lit:
-        middle, spread = rows(int(t))
+        middle, spread, alike = rows(int(t))
         share = median_filter(usual / np.maximum(spread, 1e-30), _ROWS, mode="nearest")
         rows_lit = light[t] > 0
-        if np.median(share[rows_lit]) < _STRONG:
+        # What is brighter where tissue is bright, is activity of all of it: light's noise is not alike the image.
+        if np.median(share[rows_lit]) < _STRONG and np.median(alike[rows_lit]) < _ALIKE:
             share = np.where(rows_lit, np.minimum(share, 1), 1)
             offset = median_filter(middle, _ROWS, mode="nearest")  # of light that is not the same in all of its band
             error = spread * np.pi / 2 / np.sqrt(_ROWS * stack.shape[2]) / _NORMAL_MEDIAN  # of a median of medians

@@ -60,7 +60,9 @@ def far_level(stack: Any) -> float:
     """
     if np.can_cast(stack.dtype, np.float32):
         return 0.0
-    low, high = np.percentile(np.asarray(stack[0], np.float64), (0.5, 99.5))
+    some = {0, stack.shape[0] // 2, stack.shape[0] - 1}  # one of them may be blank
+    ranges = [np.percentile(np.asarray(stack[t], np.float64), (0.5, 99.5)) for t in some]
+    low, high = np.median(ranges, axis=0)
     level = float(np.floor(low - (high - low)))
     return level if abs(level) > _FAR else 0.0
 

@@ -19,13 +19,20 @@ from restormer3d.checkpoint import replacing, save_weights
 from restormer3d.config import Engine, Method, Precision, Recipe
 from restormer3d.denoising import array_and_record, start_denoising
 from restormer3d.progress import Progress, Say, silent
-from restormer3d.settings import Pretrained, Settings, settings
+from restormer3d.settings import Pretrained, Settings, check_time_limit, settings
 from restormer3d.sidecar import as_json, sidecar
-from restormer3d.stacks import TiffStack, check_folder, check_output, check_stack, open_stack, write_stack
+from restormer3d.stacks import (
+    TIFF_SUFFIXES,
+    TiffStack,
+    check_folder,
+    check_output,
+    check_stack,
+    open_stack,
+    write_stack,
+)
 
 # What one stack may run into without taking the others along.
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
-_TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}  # the last three are used for BigTIFF
 
 
 def denoise(
@@ -95,6 +102,7 @@ def denoise(
     ValueError
         If a setting is out of range.
     """
+    check_time_limit(time_limit)
     chosen = settings(
         recipe,
         weights,
@@ -192,8 +200,16 @@ def _without_frames(error: Exception) -> Exception:
 
 def share_of_time(stacks: list[Path], deadline: float) -> float:
     """Seconds for the first of some files, by their sizes, until all have to be done (by `time.monotonic`)."""
-    sizes = [path.stat().st_size if path.is_file() else 0 for path in stacks]
+    sizes = [_file_size(path) for path in stacks]
     return (deadline - time.monotonic()) * max(1, sizes[0]) / max(1, sum(sizes))
+
+
+def _file_size(path: Path) -> int:
+    """Bytes of a file; 0 where they cannot be told, which is said when its turn comes."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def output_files(stacks: list[Path], output: Path) -> dict[Path, Path]:
@@ -206,7 +222,7 @@ def output_files(stacks: list[Path], output: Path) -> dict[Path, Path]:
     """
     if not stacks:
         raise ValueError("no stack given: name at least one TIFF file")
-    names_a_file = output.suffix.lower() in _TIFF_SUFFIXES and not output.is_dir()
+    names_a_file = output.suffix.lower() in TIFF_SUFFIXES and not output.is_dir()
     if names_a_file and len(stacks) > 1:
         raise ValueError(f"{len(stacks)} stacks cannot go into one file: give a folder instead of -o {output}")
     targets = {path: output if names_a_file else output / path.name for path in stacks}

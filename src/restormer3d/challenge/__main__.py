@@ -18,7 +18,11 @@ Api = Literal["exec", "invoke"]
 
 API_VARIABLE = "GRAND_CHALLENGE_COMPONENT_API_METHOD"
 
-app = App(name="python -m restormer3d.challenge", help_format="markdown")
+app = App(
+    name="python -m restormer3d.challenge",
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,  # main() answers it
+)
 
 
 def main() -> None:
@@ -71,13 +75,19 @@ def challenge(
     method = api or os.environ.get(API_VARIABLE) or "exec"
     if method not in get_args(Api):
         return _refuse(ValueError(f"{API_VARIABLE} must be exec or invoke, got {method!r}"))
-    if time_limit <= 0:
-        return _refuse(ValueError(f"--time-limit must be more than 0 minutes, got {time_limit:g}"))
-    # Imported here: --help and bad arguments answer without torch.
+    if not 0 <= port < 2**16:
+        return _refuse(ValueError(f"--port must be at least 0 and below {2**16}, got {port}"))
+    # Imported here: --help answers without torch.
     from restormer3d.challenge.job import load, one_line, run_job
     from restormer3d.challenge.server import serve
+    from restormer3d.settings import check_time_limit, settings
     from restormer3d.workflow import FAILURES
 
+    try:
+        check_time_limit(time_limit)
+        settings(weights="none", iterations=iterations, config_file=config)
+    except (OSError, ValueError) as error:
+        return _refuse(error)
     if method == "invoke":
         return serve(
             lambda: load(model, iterations, config, say, warn),

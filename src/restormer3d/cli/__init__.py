@@ -18,7 +18,10 @@ __all__ = ["app", "denoising", "main", "measuring", "training"]
 
 def main() -> None:
     """Run the command line; exit 0 if all went well, 1 if a stack failed, 2 for bad arguments, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's kill cleans up as Ctrl-C does
+    # A batch system's kill, and the end of the session, clean up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         status = app(exit_on_error=False, print_error=False)
     except CycloptsError as error:

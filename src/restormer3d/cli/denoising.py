@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from restormer3d.cli.terminal import answering, app, progress_bars, refuse, say
+from restormer3d.cli.terminal import answering, app, files_named, progress_bars, refuse, say
 from restormer3d.config import Engine, Method, Precision
 from restormer3d.threads import set_threads
 
@@ -88,7 +88,7 @@ def denoise(
         CPU threads; by default all cores.
     time_limit
         Minutes for all stacks together: iterations and overlap are reduced to end in time. A stack for which they
-        suffice for no network is denoised with the Gaussian filter, which is said.
+        suffice for no network is denoised with the Gaussian filter, which is said. Filters take no notice of it.
     overwrite
         Replace existing outputs, sidecars and weights.
     save_weights
@@ -98,20 +98,21 @@ def denoise(
     """
     try:
         from restormer3d.arithmetic import torch_device, usable
-        from restormer3d.settings import settings
+        from restormer3d.settings import check_time_limit, settings
         from restormer3d.workflow import denoise_files, output_files
 
         set_threads(threads)
+        stacks = files_named(stacks)
         on = torch_device(device)
         output_files(stacks, output)
         if save_weights is not None and method != "restormer3d":
             raise ValueError(f"--save-weights: --method {method} is a filter, which has none")
         if save_weights is not None and len(stacks) > 1:
             raise ValueError("--save-weights keeps the weights of one stack: give one stack")
-        if sigma is not None and method in ("svd", "temporal-mean"):
+        stands_in = method == "restormer3d" and time_limit is not None
+        if sigma is not None and method != "gaussian" and not stands_in:
             raise ValueError(f"--sigma sets the widths of the Gaussian filter: --method {method} has none")
-        if time_limit is not None and time_limit <= 0:
-            raise ValueError(f"--time-limit must be more than 0 minutes, got {time_limit:g}")
+        check_time_limit(time_limit)
         chosen = settings(
             recipe,
             weights,
@@ -129,7 +130,7 @@ def denoise(
             config_file=config,
         )
         usable(engine, precision, on)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return refuse(error)
     with progress_bars() as progress:
         failures = denoise_files(

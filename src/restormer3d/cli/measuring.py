@@ -74,8 +74,9 @@ def evaluate(
     json
         File for the scores.
     """
+    from restormer3d.arithmetic import torch_device, usable
     from restormer3d.evaluation import evaluate, evaluate_real, write_json
-    from restormer3d.settings import settings
+    from restormer3d.settings import check_time_limit, settings
 
     try:
         set_threads(threads)
@@ -89,7 +90,9 @@ def evaluate(
             raise ValueError("--real scores a recording that has no clean stack: leave out what belongs to one")
         if not real and any(value is not None for value in (methods, iterations, blind_spot, time_limit)):
             raise ValueError("--methods, --iterations, --blind-spot and --time-limit belong to --real")
+        check_time_limit(time_limit)
         chosen = settings(iterations=iterations, blind_spot=blind_spot, engine=engine, precision=precision)
+        usable(engine, precision, torch_device(device))
     except ValueError as error:
         return refuse(error)
     try:
@@ -111,6 +114,8 @@ def evaluate(
         _print_scores(scores)
         if json is not None:
             write_json(json, scores)
+        if any(isinstance(score, dict) and "failed" in score for score in scores.values()):
+            return 1
     except (OSError, ValueError, RuntimeError) as error:
         say(f"failed: {error}")
         return 1

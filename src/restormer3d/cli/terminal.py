@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec
 
 from cyclopts import App
@@ -48,6 +51,15 @@ def answering(command: Callable[_Arguments, None]) -> Callable[_Arguments, int]:
         return 0
 
     return answer
+
+
+def files_named(paths: list[Path]) -> list[Path]:
+    """Replace patterns such as day1/*.tif by the files that they name: shells of Windows pass them on as they are."""
+    return [found for path in paths for found in _matches(path) or [path]]
+
+
+def _matches(path: Path) -> list[Path]:
+    return [] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path))))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from restormer3d.cli.terminal import answering, app, progress_bars, say
+from restormer3d.cli.terminal import answering, app, files_named, progress_bars, say
 from restormer3d.config import Engine, Precision
 from restormer3d.threads import set_threads
 
@@ -96,7 +96,7 @@ def pretrain(
     with forced_engine(engine), joined_processes(torch_device(device)) as place, progress_bars() as progress:
         _, usable_precision = usable(engine, precision, place)
         path = pretrain(
-            stacks or [],
+            files_named(stacks or []),
             output,
             training,
             model,

@@ -2,10 +2,12 @@
 
 from restormer3d.stacks.chain import StackError
 from restormer3d.stacks.check import StackCheck, check_stack
+from restormer3d.stacks.layout import TIFF_SUFFIXES
 from restormer3d.stacks.read import TiffStack, open_stack
 from restormer3d.stacks.write import WriteSummary, check_folder, check_output, finished_frames, to_dtype, write_stack
 
 __all__ = [
+    "TIFF_SUFFIXES",
     "StackCheck",
     "StackError",
     "TiffStack",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from restormer3d.stacks.chain import StackError
 
 CHECK_BYTES = 2**25  # read at once
+_RANGE = (1e-12, 1e15)  # of floats: squares and their sums have room in single precision
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     ------
     StackError
         Not three axes, neither integers nor floats, a single frame, a frame that can't be decoded, a voxel that is not
-        finite, or the same value everywhere.
+        finite, the same value everywhere, or floats that reach over less than 1e-12 or more than 1e15.
     """
     name = getattr(stack, "path", "the array")
     if len(stack.shape) != 3:
@@ -86,6 +87,11 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     if minimum == maximum:
         raise StackError(
             f"{name}: every voxel is {minimum}: nothing to denoise. Check that the right channel was saved."
+        )
+    if little.kind == "f" and not _RANGE[0] <= maximum - minimum <= _RANGE[1]:
+        raise StackError(
+            f"{name}: expected floats that reach over {_RANGE[0]:g} to {_RANGE[1]:g}, got {minimum:g} to {maximum:g}. "
+            "Replace fill values, or multiply by a power of ten, and save the stack again."
         )
     return StackCheck(minimum, maximum, digest.hexdigest())
 

@@ -16,6 +16,13 @@ import tifffile
 SCANIMAGE_CHANNELS = re.compile(r"\bchannels?Save\s*=\s*([^\r\n]*)")
 SCANIMAGE_CHANNEL_COUNT = re.compile(r"\bnumberOfChannelsSave\s*=\s*(\d+)")
 SCANIMAGE_PLANES = re.compile(r"(?:hStackManager\.numSlices|stackNumSlices|numberOfZSlices)\s*=\s*(\d+)")
+# Pages of a volume: frames while the lens or piezo flies back are saved, too.
+SCANIMAGE_VOLUME = (
+    re.compile(r"numFramesPerVolumeWithFlyback\s*=\s*(\d+)"),
+    re.compile(r"hFastZ\.numFramesPerVolume\s*=\s*(\d+)"),
+)
+SCANIMAGE_FLYBACK = re.compile(r"numDiscardFlybackFrames\s*=\s*(\d+)")
+SCANIMAGE_SLOW = re.compile(r"stackMode\s*=\s*'slow'")
 SCANIMAGE_STACK_OFF = re.compile(r"(?:hStackManager\.enable|hFastZ\.enable|fastZEnable)\s*=\s*(?:false|0)")
 SCANIMAGE_STACK_ON = re.compile(r"(?:hStackManager\.enable|hFastZ\.enable|fastZEnable)\s*=\s*(?:true|1)")
 
@@ -51,8 +58,25 @@ def _scanimage_sizes(text: str) -> dict[str, int]:
         channels = max(int(found[1]), 1)
     stacking = SCANIMAGE_STACK_ON.search(text) or not SCANIMAGE_STACK_OFF.search(text)
     if stacking and (found := SCANIMAGE_PLANES.search(text)):
-        planes = max(int(found[1]), 1)
+        planes = _pages_of_a_volume(text, max(int(found[1]), 1))
     return {"Z": planes, "C": channels}
+
+
+def _pages_of_a_volume(text: str, planes: int) -> int:
+    """Count the pages of a channel after which ScanImage comes back to the first of several planes."""
+    if planes == 1:
+        return 1
+    for pattern in SCANIMAGE_VOLUME:
+        if (found := pattern.search(text)) and int(found[1]) >= planes:
+            return int(found[1])
+    found = SCANIMAGE_FLYBACK.search(text)
+    return planes + (int(found[1]) if found else 0)
+
+
+def planes_in_turns(tif: tifffile.TiffFile) -> bool:
+    """Say whether planes follow one another page by page: a slow stack has all frames of one, then of the next."""
+    page = tif.pages.first
+    return not page.is_scanimage or not SCANIMAGE_SLOW.search(f"{page.software}\n{page.description}")
 
 
 def _ome_sizes(xml: str, file_name: str) -> dict[str, int]:
@@ -119,7 +143,8 @@ def single_file_ome(xml: str, file_name: str, frames: int) -> str:
     if namespace:
         ElementTree.register_namespace("", namespace)
     root.attrib.pop("UUID", None)
-    image_number, _, plane, channel = min(_ome_planes(xml, file_name), default=(0, 0, 0, 0))
+    here = _ome_planes(xml, file_name)
+    image_number, _, plane, channel = min(here, default=(0, 0, 0, 0))
     images = root.findall(_qualified(root, "Image"))
     for image in images[:image_number] + images[image_number + 1 :]:
         root.remove(image)
@@ -134,6 +159,9 @@ def single_file_ome(xml: str, file_name: str, frames: int) -> str:
         pixels.remove(other)
     own = {"TheC": channel} if time_axis == "Z" else {"TheC": channel, "TheZ": plane}
     _keep_planes(root, pixels, own)
+    times = sorted({time for _, time, _, _ in here})
+    if time_axis == "T" and len(times) == frames:
+        _keep_times(root, pixels, times)
     place = _replace_tiff_data(root, pixels)
     place.attrib.update({"IFD": "0", "PlaneCount": str(frames)})
     return '<?xml version="1.0" encoding="UTF-8"?>' + ElementTree.tostring(root, encoding="unicode")
@@ -145,6 +173,16 @@ def _keep_planes(root: ElementTree.Element, pixels: ElementTree.Element, own: di
         if any(plane.get(key, "0") != str(value) for key, value in own.items()):
             pixels.remove(plane)
         plane.attrib.update(dict.fromkeys(own, "0"))
+
+
+def _keep_times(root: ElementTree.Element, pixels: ElementTree.Element, times: list[int]) -> None:
+    """Remove the plane records of frames in other files of the set, and number the kept ones from zero."""
+    for plane in pixels.findall(_qualified(root, "Plane")):
+        time = int(plane.get("TheT", "0"))
+        if time in times:
+            plane.set("TheT", str(times.index(time)))
+        else:
+            pixels.remove(plane)
 
 
 def _replace_tiff_data(root: ElementTree.Element, pixels: ElementTree.Element) -> ElementTree.Element:

@@ -16,7 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from restormer3d.stacks.chain import PageChain, StackError, damaged
-from restormer3d.stacks.dialects import header_sizes, names_other_files
+from restormer3d.stacks.dialects import header_sizes, names_other_files, planes_in_turns
 
 Page = tifffile.TiffPage | tifffile.TiffFrame
 
@@ -33,6 +33,7 @@ TIFF_FAILURES = (
     MemoryError,
     struct.error,
 )
+TIFF_SUFFIXES = {".tif", ".tiff", ".btf", ".tf2", ".tf8"}  # the last three are used for BigTIFF
 DTYPES = ("int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32", "float64")
 
 
@@ -75,7 +76,8 @@ class _Frames:
     note: str = ""
     joined: bool = False
     data_offset: int | None = None  # of the first frame where all lie in one block
-    interleaved: bool = False  # the pages' axes stand in a header that tifffile does not follow
+    by_header: bool = False  # the pages' axes stand in a header that tifffile does not follow
+    interleaved: bool = True  # planes and channels follow one another page by page
 
     @property
     def keyframe(self) -> tifffile.TiffPage:
@@ -232,7 +234,8 @@ def _with_header(tif: tifffile.TiffFile, path: Path, frames: _Frames) -> _Frames
         sizes=(*(header[axis] for axis in axes), *page.shape),
         note="; ".join(filter(None, (frames.note, note))),
         data_offset=None,
-        interleaved=True,
+        interleaved=planes_in_turns(tif),
+        by_header=True,
     )
 
 
@@ -288,6 +291,11 @@ def _match_pages(path: Path, frames: _Frames, length: int) -> _Frames:
     count = len(frames.pages)
     if frames.data_offset is not None or count == length:
         return frames
+    if count == 1 and len(frames.keyframe.shape) > 2 and frames.keyframe.imagedepth > 1:
+        raise StackError(
+            f"{path}: expected a page for each frame, found all {length} compressed in one as a volume. Write the file "
+            f"again: tifffile.imwrite('stack.tif', tifffile.imread({path.name!r}), photometric='minisblack')."
+        )
     if count == 1:
         raise damaged(path, f"its header promises {length} frames, it holds one")
     return replace(frames, note=_broken_promise(length, count))
@@ -351,7 +359,9 @@ def _first_of(many: list[tuple[str, int]], position: int, path: Path, frames: _F
     index = [":"] * len(many)
     index[position] = "0"
     picked = f"tifffile.imread({path.name!r})[{', '.join(index)}]"
-    if frames.interleaved:
+    if frames.by_header:
+        if not frames.interleaved:
+            return "the software that wrote it: the header does not tell which pages belong together"
         stride = int(np.prod([size for axis, size in many if axis != "T"]))
         picked = f"tifffile.imread({path.name!r}, key=range(0, {len(frames.pages)}, {stride}))"
     return f"tifffile.imwrite('first.tif', {picked}, photometric='minisblack')"
