@@ -23,6 +23,7 @@ SHAPES = [  # (B, C, T, H, W): odd sizes, every axis of length one, rows longer 
     (1, 128, 2, 4, 8),
     (2, 10, 3, 9, 35),
     (2, 32, 4, 12, 20),
+    (2, 8, 3, 20, 48),
 ]
 OPERATORS = ["mdta", "gdfn", "depthwise_conv3d", "pointwise", "conv3d_in", "conv3d_out"]
 
@@ -125,7 +126,7 @@ def test_not_a_number_reaches_the_output_and_does_not_linger(operator: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
 
 
-@pytest.mark.parametrize("operator", ["mdta", "gdfn", "depthwise_conv3d", "conv3d_out"])
+@pytest.mark.parametrize("operator", ["mdta", "gdfn", "depthwise_conv3d", "pointwise", "conv3d_out"])
 def test_input_in_another_layout_or_precision_works(operator: str) -> None:
     function, inputs = arguments(operator, (2, 8, 3, 4, 5))
     with ops.use_engine("cpu"):
@@ -136,7 +137,7 @@ def test_input_in_another_layout_or_precision_works(operator: str) -> None:
     assert relative_error(expected, in_double) < 1e-5
 
 
-@pytest.mark.parametrize("operator", ["mdta", "gdfn", "depthwise_conv3d", "conv3d_out"])
+@pytest.mark.parametrize("operator", ["mdta", "gdfn", "depthwise_conv3d", "pointwise", "conv3d_out"])
 def test_gradients_can_be_differentiated_again(operator: str) -> None:
     function, inputs = arguments(operator, (1, 4, 2, 3, 3))
 

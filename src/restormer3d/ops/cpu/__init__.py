@@ -52,7 +52,7 @@ def gdfn(
 
 def pointwise(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`restormer3d.ops.reference.pointwise`."""
-    return torch.matmul(weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
+    return _Pointwise.apply(x.contiguous(), weight) if _fits(x, weight) else reference.pointwise(x, weight)
 
 
 def conv3d(x: Tensor, weight: Tensor) -> Tensor:
@@ -200,6 +200,38 @@ def _project_backward(
     )  # fmt: skip
     folded = torch.from_numpy(sums).sum(0)[:hidden, :channels]
     return out, (folded * matrix).sum(0), (folded * norm_weight).view_as(weight)
+
+
+class _Pointwise(torch.autograd.Function):
+    """PyTorch's products, into memory that is there: what it would allocate costs more time than they do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with busy:
+            return _product(weight.flatten(1), x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return second_order(reference.pointwise, (x, weight), grad)
+        x_grad = weight_grad = None
+        with busy:
+            grad = grad.contiguous()
+            if ctx.needs_input_grad[0]:
+                x_grad = _product(weight.flatten(1).T, grad)
+            if ctx.needs_input_grad[1]:
+                weight_grad = torch.bmm(grad.flatten(2), x.flatten(2).mT).sum(0).view_as(weight)
+        return x_grad, weight_grad
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiply the channels of every voxel by a matrix."""
+    out = pool.empty((len(x), len(matrix), *x.shape[2:]))
+    torch.bmm(matrix.detach().expand(len(x), -1, -1), x.detach().flatten(2), out=out.flatten(2))
+    return out
 
 
 class _Convolution(torch.autograd.Function):

@@ -33,8 +33,11 @@ from restormer3d.ops.cpu.strips import (
     clear_unused,
     convolve,
     convolve_add,
+    convolve_to_image,
     correlate,
+    correlate_with_image,
     count_tasks,
+    fills_rows,
     push,
     push_projected,
     ring_size,
@@ -181,9 +184,13 @@ def mdta_forward(
                 if t <= first:
                     continue
                 for c in range(channels):
-                    convolve(
-                        ring, 3 * channels, 2 * channels + c, t - 1, rows, width, taps, 27 * (2 * channels + c), v, 0
-                    )
+                    channel = 2 * channels + c
+                    if fills_rows(inside, width):
+                        convolve_to_image(
+                            ring, 3 * channels, channel, t - 1, inside, rows, taps, 27 * channel, value, b, c, h0
+                        )
+                        continue
+                    convolve(ring, 3 * channels, channel, t - 1, rows, width, taps, 27 * channel, v, 0)
                     store(v, 0, value, b, c, t - 1, h0, inside)
                 for c in range(2 * channels):
                     convolve(ring, 3 * channels, c, t - 1, rows, width, taps, 27 * c, qk, c * narrow)
@@ -309,6 +316,9 @@ def convolution_forward(x: Floats, out: Floats, taps: Any, rows: int, chunks: in
                     continue
                 for output in range(outputs):
                     weights = taps[b % taps.shape[0], output]
+                    if inputs == 1 and fills_rows(inside, width):
+                        convolve_to_image(ring, 1, 0, t - 1, inside, rows, weights, 0, out, b, output, h0)
+                        continue
                     convolve(ring, inputs, 0, t - 1, rows, width, weights, 0, result, 0)
                     for c in range(1, inputs):
                         convolve_add(ring, inputs, c, t - 1, rows, width, weights, 27 * c, result, 0)
@@ -327,14 +337,21 @@ def convolution_weight_gradient(
     for thread in numba.prange(threads):
         ring, gradient = part(scratch[thread], sizes, 0), part(scratch[thread], sizes, 1)
         for task in range(thread, count_tasks(x.shape, rows, chunks), threads):
-            b, h0, _, first, last = bounds(task, x.shape, rows, chunks)
+            b, h0, inside, first, last = bounds(task, x.shape, rows, chunks)
             clear_unused(ring, inputs, rows, width)
             for t in range(first - 1, last + 1):
                 push(x, b, t, h0, rows, ring)
                 if t <= first:
                     continue
-                load(grad, b, t - 1, h0, rows, gradient, 0, narrow)
+                in_place = fills_rows(inside, width)
+                if not in_place:
+                    load(grad, b, t - 1, h0, rows, gradient, 0, narrow)
                 for output in range(outputs):
                     mine = sums[thread, b % sets, output]
                     for c in range(inputs):
+                        if in_place:
+                            correlate_with_image(
+                                ring, inputs, c, t - 1, inside, rows, grad, b, output, h0, mine, c * TAPS
+                            )
+                            continue
                         correlate(ring, inputs, c, t - 1, rows, width, gradient, output * narrow, mine, c * TAPS)

@@ -56,38 +56,45 @@ sum_tile = _register_tile(SUM_ROWS, 2, True)
 
 def _depthwise(accumulate: bool) -> Any:
     def emit(
-        e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, taps: Any, it: Any, dst: Any, io: Any, rows: Any,
-        width: Any,
+        e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, taps: Any, it: Any, dst: Any, io: Any,
+        out_pitch: Any, rows: Any, width: Any,
     ) -> None:  # fmt: skip
         def plane_weights(t: int) -> list[Any]:
             return [e.broadcast(e.at(taps, e.plus(it, 9 * t + k))) for k in range(9)]
 
-        kept = [plane_weights(t) for t in range(3)] if REGISTERS == 32 else None
-        planes = [e.at(src, i) for i in (i0, i1, i2)]
-        with e.loop(rows, step=BLOCK) as r, e.loop(width, step=LANES) as w:
+        def block(together: int, r: Any, w: Any, left: Any) -> None:
             column = e.plus(e.times(r, pitch), w)
-            lines = [e.plus(column, e.times(pitch, row)) for row in range(BLOCK + 2)]
-            targets = [e.at(dst, e.plus(io, line)) for line in lines[:BLOCK]]
+            lines = [e.plus(column, e.times(pitch, row)) for row in range(together + 2)]
+            out_column = e.at(dst, e.plus(io, e.plus(e.times(r, out_pitch), w)))
+            targets = [e.at(out_column, e.times(out_pitch, row)) for row in range(together)]
             before = [e.load(target) if accumulate else e.constant(0.0) for target in targets]
             sums: list[Any] = list(before)
             for t in range(3):
-                weights = kept[t] if kept else plane_weights(t)  # 27 would not stay in 16 registers, 9 do
-                for row in range(BLOCK + 2):
+                weights = plane_weights(t)  # 27 would leave no registers for sums
+                for row in range(together + 2):
                     for shift in range(3):
                         value = e.load(e.at(e.at(planes[t], lines[row]), shift))
-                        for h in range(max(0, row - BLOCK + 1), min(3, row + 1)):
+                        for h in range(max(0, row - together + 1), min(3, row + 1)):
                             sums[row - h] = e.fma(weights[3 * h + shift], value, sums[row - h])
             for total, old, target in zip(sums, before, targets, strict=True):
-                e.store(e.first_lanes(e.plus(width, e.times(w, -1)), total, old) if accumulate else total, target)
+                e.store(e.first_lanes(left, total, old) if accumulate else total, target)
+
+        planes = [e.at(src, i) for i in (i0, i1, i2)]
+        start = e.times(rows, 0)
+        for together in (2 * BLOCK, BLOCK) if REGISTERS == 32 else (BLOCK,):  # each sum waits for the one before it
+            stop = e.multiple(rows, together)
+            with e.loop(stop, start, together) as r, e.loop(width, step=LANES) as w:
+                block(together, r, w, e.plus(width, e.times(w, -1)))
+            start = stop
 
     return vector_loop(emit)
 
 
 depthwise = _depthwise(accumulate=False)
-"""Convolve one channel 3x3x3: ``(src, i0, i1, i2, pitch, taps, it, dst, io, rows, width)``.
+"""Convolve one channel 3x3x3: ``(src, i0, i1, i2, pitch, taps, it, dst, io, out_pitch, rows, width)``.
 
 ``i0, i1, i2`` are three successive planes of ``rows + 2`` rows in ``src``; ``dst`` gets ``rows``, a multiple of BLOCK.
-The last vector of a row runs over into the next row and writes that row's own values there.
+The last vector of a row runs over into what follows; in a tile, it writes the next row's own values there.
 """
 depthwise_add = _depthwise(accumulate=True)
 """As :func:`depthwise`, added to what ``dst`` holds."""
@@ -103,6 +110,7 @@ def depthwise_weight_gradient(
     pitch: Any,
     grad: Any,
     ig: Any,
+    grad_pitch: Any,
     out: Any,
     io: Any,
     rows: Any,
@@ -112,11 +120,19 @@ def depthwise_weight_gradient(
     planes = [e.at(src, i) for i in (i0, i1, i2)]
     target = e.at(out, io)
     for together in [(0, 1, 2)] if REGISTERS == 32 else [(0,), (1,), (2,)]:  # as many sums as stay in registers
-        _weight_gradient_of_planes(e, together, planes, pitch, e.at(grad, ig), target, rows, width)
+        _weight_gradient_of_planes(e, together, planes, pitch, e.at(grad, ig), grad_pitch, target, rows, width)
 
 
 def _weight_gradient_of_planes(
-    e: Emitter, chosen: Sequence[int], planes: Any, pitch: Any, grad: Any, target: Any, rows: Any, width: Any
+    e: Emitter,
+    chosen: Sequence[int],
+    planes: Any,
+    pitch: Any,
+    grad: Any,
+    grad_pitch: Any,
+    target: Any,
+    rows: Any,
+    width: Any,
 ) -> None:
     slots = [9 * t + k for t in chosen for k in range(9)]
     sums = {k: e.variable(e.load(e.at(target, k * LANES))) for k in slots}
@@ -134,7 +150,7 @@ def _weight_gradient_of_planes(
         left = e.plus(width, e.times(w, -1))
 
         def gradient(row: Any) -> Any:
-            value = e.load(e.at(grad, e.plus(e.times(row, pitch), w)))
+            value = e.load(e.at(grad, e.plus(e.times(row, grad_pitch), w)))
             return e.first_lanes(left, value, e.constant(0.0))
 
         zero = e.times(w, 0)

@@ -59,6 +59,10 @@ class Emitter:
         """Return the product of two integers."""
         return self.builder.mul(a, _INT(b) if isinstance(b, int) else b)
 
+    def multiple(self, a: Any, step: int) -> Any:
+        """Round an integer down to a multiple of ``step``."""
+        return self.times(self.builder.udiv(a, _INT(step)), step)
+
     def load(self, pointer: Any, lanes: int = LANES) -> Any:
         """Read successive floats."""
         kind = ir.VectorType(_FLOAT, lanes).as_pointer()
@@ -168,7 +172,7 @@ class Emitter:
         """Emit loops over ``range(count)`` in ever smaller steps; yields the lanes of a step and its first index."""
         start = _INT(0)
         for lanes in (LANES, 4, 1):
-            stop = self.times(self.builder.udiv(count, _INT(lanes)), lanes)
+            stop = self.multiple(count, lanes)
             with self.loop(stop, start, lanes) as index:
                 yield lanes, index
             start = stop

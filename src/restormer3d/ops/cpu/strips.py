@@ -9,6 +9,7 @@ from typing import Any
 
 from restormer3d.ops.cpu.compiler import compiled
 from restormer3d.ops.cpu.loops import (
+    BLOCK,
     TILE_ROWS,
     clear,
     depthwise,
@@ -96,7 +97,7 @@ def convolve(
 ) -> None:
     """Convolve channel c of the ring around frame t into a tile."""
     i0, i1, i2 = around(channels, c, t, rows, width)
-    depthwise(ring, i0, i1, i2, width + 1, taps, it, out, io + 1, rows, width)
+    depthwise(ring, i0, i1, i2, width + 1, taps, it, out, io + 1, width + 1, rows, width)
 
 
 @compiled
@@ -105,13 +106,43 @@ def convolve_add(
 ) -> None:
     """As :func:`convolve`, added to the tile."""
     i0, i1, i2 = around(channels, c, t, rows, width)
-    depthwise_add(ring, i0, i1, i2, width + 1, taps, it, out, io + 1, rows, width)
+    depthwise_add(ring, i0, i1, i2, width + 1, taps, it, out, io + 1, width + 1, rows, width)
+
+
+@compiled
+def fills_rows(rows: int, width: int) -> bool:
+    """Say whether vectors and blocks of rows end where an image does: it can then be read and written in place."""
+    return width % LANES == 0 and rows % BLOCK == 0
+
+
+@compiled
+def convolve_to_image(
+    ring: Floats, channels: int, c: int, t: int, inside: int, rows: int, taps: Floats, it: int, out: Floats, b: int,
+    o: int, h0: int,
+) -> None:  # fmt: skip
+    """Convolve channel c around frame t into channel o of a tensor whose ``inside`` rows it :func:`fills_rows`."""
+    outputs, frames, height, width = out.shape[1:]
+    i0, i1, i2 = around(channels, c, t, rows, width)
+    first = (((b * outputs + o) * frames + t) * height + h0) * width
+    depthwise(ring, i0, i1, i2, width + 1, taps, it, out, first, width, inside, width)
 
 
 @compiled
 def correlate(
     ring: Floats, channels: int, c: int, t: int, rows: int, width: int, grad: Floats, ig: int, sums: Floats, isum: int
 ) -> None:
-    """Add to 27 weight gradients, given frame t's gradient of the convolution of channel c."""
+    """Add to 27 weight gradients, given frame t's gradient of the convolution of channel c, in a tile."""
     i0, i1, i2 = around(channels, c, t, rows, width)
-    depthwise_weight_gradient(ring, i0, i1, i2, width + 1, grad, ig + 1, sums, isum, rows, width)
+    depthwise_weight_gradient(ring, i0, i1, i2, width + 1, grad, ig + 1, width + 1, sums, isum, rows, width)
+
+
+@compiled
+def correlate_with_image(
+    ring: Floats, channels: int, c: int, t: int, inside: int, rows: int, grad: Floats, b: int, o: int, h0: int,
+    sums: Floats, isum: int,
+) -> None:  # fmt: skip
+    """As :func:`correlate`, with channel o of a tensor whose ``inside`` rows it :func:`fills_rows`."""
+    outputs, frames, height, width = grad.shape[1:]
+    i0, i1, i2 = around(channels, c, t, rows, width)
+    first = (((b * outputs + o) * frames + t) * height + h0) * width
+    depthwise_weight_gradient(ring, i0, i1, i2, width + 1, grad, first, width, sums, isum, inside, width)
