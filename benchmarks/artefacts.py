@@ -187,6 +187,40 @@ def _dropped(s: _Trial) -> _Recording:
     return s.clean * present, s.recorded(s.clean) * present
 
 
+def _lost_frame(s: _Trial) -> _Recording:
+    clean, recorded = s.clean + 2000, s.recorded(s.clean) + 2000
+    clean[len(clean) // 2], recorded[len(clean) // 2] = np.nan, 0
+    return clean, recorded
+
+
+def _slow_shutter(s: _Trial) -> _Recording:
+    opening = np.where(np.arange(s.shape[0]) > 0, 1, 0.1)[:, None, None]
+    clean, recorded = s.clean + 2000, s.recorded(s.clean * opening) + 2000
+    clean[0] = np.nan
+    return clean, recorded
+
+
+def _spark(s: _Trial) -> _Recording:
+    recorded = s.recorded(s.clean) + 2000
+    recorded[s.shape[0] // 2, 10::20, 10::20] = 2**16 - 1
+    return s.clean + 2000, recorded
+
+
+def _some_repeated(s: _Trial) -> _Recording:
+    own = s.rng.random(s.shape[0]) > 0.1
+    shown = np.maximum.accumulate(np.where(own, np.arange(s.shape[0]), 0))
+    return tuple(x[shown] for x in s.both(s.clean))
+
+
+def _bursts(s: _Trial) -> _Recording:
+    tissue = gaussian_filter(s.rng.standard_normal(s.shape[1:]), 3)
+    tissue = np.clip(1 + 0.3 * tissue / tissue.std(), 0, None)
+    active = np.zeros((s.shape[0], 1, 1))
+    for first in (len(s.clean) // 4, 5 * len(s.clean) // 8):
+        active[first : first + 10] = 3
+    return s.both(s.clean * (1 + active * tissue))
+
+
 def _repeated(s: _Trial) -> _Recording:
     return tuple(np.repeat(x, 2, 0)[: s.shape[0]] for x in s.both(s.clean[::2]))
 
@@ -241,6 +275,7 @@ def _spikes(s: _Trial) -> _Recording:
 ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "none": lambda s: s.both(s.clean),
     "an offset of 2,000, uint16": lambda s: (s.clean + 2000, np.clip(s.recorded(s.clean) + 2000, 0, None)),
+    "an offset of -500": lambda s: (s.clean - 500, s.recorded(s.clean) - 500),
     "negative noise cut at 0": lambda s: (s.clean, np.clip(s.recorded(s.clean), 0, None)),
     "scaled to 8 bits, clipped": _eight_bits,
     "clipped at a detector's limit": _saturated,
@@ -261,7 +296,12 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "vignetting": _vignette,
     "a quarter of all columns black": _black_columns,
     "five dropped frames": _dropped,
+    "one lost frame, offset 2,000": _lost_frame,
+    "a shutter that opens slowly, offset 2,000": _slow_shutter,
+    "a spark, offset 2,000": _spark,
+    "a tenth of all frames repeated": _some_repeated,
     "every frame twice": _repeated,
+    "bursts of all tissue, three times as bright": _bursts,
     "two planes by turns": _two_planes,
     "two planes by turns, of the same activity": _two_close_planes,
     "every other line shifted by 2 pixels": _shifted_lines,
@@ -276,7 +316,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "light, 100 to 500 ADU from the first to the last row of 4 frames": _uneven_light,
     "light, 300 ADU in 80 frames": lambda s: _with_light(s, 300, frames=40),
 }
-"""From a trial to its truth and the recording of it, (T, H, W) both, by name."""
+"""From a trial to its truth and the recording of it, (T, H, W) both, by name; frames of NaN are not scored."""
 
 
 def recording(name: str, shape: tuple[int, int, int]) -> _Recording:
@@ -316,7 +356,8 @@ def artefacts(
         clean, noisy = recording(name, shape)
         chosen = settings(iterations=iterations)
         outputs = [array_and_record(noisy, chosen, method=method)[0] for method in ("gaussian", "restormer3d")]
-        scores = [evaluate_stacks(clean, output) for output in outputs]
+        scored = np.isfinite(clean).all((1, 2))
+        scores = [evaluate_stacks(clean[scored], output[scored]) for output in outputs]
         both = [(score["stsnr"], score["activity_snr"]) for score in scores]
         cells = [f"{a:.2f} / {b:.2f}" for a, b in both]
         change = " / ".join(f"{ours - filtered:+.2f}" for filtered, ours in zip(*both, strict=True))

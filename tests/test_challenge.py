@@ -431,6 +431,33 @@ def test_the_variable_or_the_option_chooses_the_protocol(platform, monkeypatch, 
     assert platform.run(api="exec", time_limit=0.0) == 2
 
 
+def test_bad_arguments_are_refused_before_a_job_begins(platform, stack, tmp_path, capsys):
+    platform.give("a.tif", stack)
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[training]\nspeed = 3\n")
+    bad = ({"config": wrong}, {"config": tmp_path / "none.toml"}, {"iterations": -1}, {"port": 70_000})
+    for changes in (*bad, {"time_limit": float("nan")}):
+        assert platform.run(**changes) == 2
+        assert one_reason(capsys).startswith("bad arguments: ")
+
+
+@pytest.mark.parametrize("api", ["exec", "invoke"])
+def test_it_ends_when_it_is_told_to_in_the_middle_of_a_job(platform, stack, api):
+    platform.give("a.tif", stack)
+    code = "import os, signal, sys, threading, time, urllib.request\nfrom restormer3d.challenge import __main__, job\n"
+    code += "def run(*_): os.kill(os.getpid(), signal.SIGTERM); time.sleep(100)\njob.run_job = run\n"
+    code += "say = __main__.say\n"
+    code += "def listen(text):\n say(text)\n if 'listening' in text:\n  port = text.split()[-1]\n"
+    code += "  ask = urllib.request.Request(f'http://127.0.0.1:{port}/invoke', method='POST')\n"
+    code += "  threading.Thread(target=urllib.request.urlopen, args=(ask,), daemon=True).start()\n"
+    code += "__main__.say = listen\n__main__.main()"
+    folders = (f"--{name}={getattr(platform, name)}" for name in ("input", "output", "model", "config"))
+    command = [sys.executable, "-c", code, *folders, "--api", api, "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr
+
+
 def test_help_does_not_import_torch():
     code = "import sys; sys.argv=['challenge','--help']\nfrom restormer3d.challenge.__main__ import main\n"
     code += "try: main()\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"

@@ -65,6 +65,13 @@ def test_help_does_not_import_torch():
         (["denoise", "a.tif", "-o", "x", "--patch", "4", "64", "64"], "patch"),
         (["denoise", "a.tif", "-o", "x", "--weights", "absent.safetensors"], "absent.safetensors"),
         (["denoise", "a.tif", "-o", "x", "--time-limit", "0"], "time-limit"),
+        (["denoise", "a.tif", "-o", "x", "--time-limit", "nan"], "time-limit"),
+        (["denoise", "a.tif", "-o", "x", "--time-limit", "inf"], "time-limit"),
+        (["denoise", "a.tif", "-o", "x", "--sigma", "5", "1"], "--method restormer3d has none"),
+        (["denoise", "a.tif", "-o", "x", "--method", "gaussian", "--sigma", "-1", "1"], "at least 0"),
+        (["denoise", "a.tif", "-o", "x" * 300 + ".tif"], "name too long"),
+        (["evaluate", "--real", "a.tif", "--device", "tpu"], "tpu"),
+        (["evaluate", "--real", "a.tif", "--device", "cpu", "--precision", "bf16"], "--engine reference"),
         (["denoise", "a.tif", "-o", "x", "--blind-spot", "z3"], "z3"),
         (["denoise", "a.tif", "-o", "x", "--precision", "fp16"], "precision"),
         (["denoise", "a.tif", "-o", "x", "--device", "cpu", "--precision", "bf16"], "--engine reference"),
@@ -132,6 +139,37 @@ def test_engine_and_precision_are_said_and_kept(
     record = json.loads((tmp_path / "out.tif.json").read_text())
     assert (record["engine"], record["precision"]) == (engine, precision)
     assert said in capsys.readouterr().err
+
+
+def test_patterns_name_files_where_the_shell_leaves_them(noisy_stack, tmp_path):
+    for name in ("b.tif", "a.tif", "c[1].tif", "a.png"):
+        tifffile.imwrite(tmp_path / name, noisy_stack)
+    output = ["-o", tmp_path / "out", "--method", "temporal-mean"]
+    assert run("denoise", tmp_path / "?.tif", tmp_path / "c[1].tif", *output) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tif")) == ["a.tif", "b.tif", "c[1].tif"]
+    assert run("denoise", tmp_path / "none*.tif", *output) == 1
+
+
+def test_a_path_out_of_reach_does_not_stop_the_others(noisy_file, tmp_path):
+    output = ["-o", tmp_path / "out", "--method", "temporal-mean", "--time-limit", 1]
+    assert run("denoise", tmp_path / f"{'x' * 300}.tif", noisy_file, *output) == 1
+    assert (tmp_path / "out" / noisy_file.name).exists()
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_session_that_ends_leaves_no_half_written_file(noisy_file, tmp_path, name):
+    code = "import os, signal\nfrom restormer3d import cli, workflow\n"
+    code += f"def end(*_, **__): os.kill(os.getpid(), signal.{name}); yield\n"
+    code += "start = workflow.start_denoising\nimport dataclasses\n"
+    code += "workflow.start_denoising = lambda *a: dataclasses.replace(start(*a), frames=end())\ncli.main()"
+    arguments = ["denoise", noisy_file, "-o", tmp_path / "out.tif", "--method", "temporal-mean"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert "no half-written file is left" in done.stderr
+    assert not list(tmp_path.glob("*out.tif*"))
+    assert not list(tmp_path.glob(".*part*"))
 
 
 def test_the_same_seed_gives_the_same_file(noisy_file, quick, tmp_path):

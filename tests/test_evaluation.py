@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import tifffile
 
@@ -60,6 +61,28 @@ def test_a_recording_is_scored_without_ground_truth(scene, tmp_path):
     assert {"recording", "temporal-mean", "gaussian"} == set(values)
     # Held-out frames cost at least their own noise: far above 1 would be a bad filter, far below 1 a leak.
     assert 0.9 < values["gaussian"]["held_out"]["in_noise_variances"] < 1.3
+
+
+def test_a_method_that_fails_takes_no_other_along(scene, tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("restormer3d.fitting.svd_frames", broken)
+    scores = tmp_path / "real.json"
+    methods = ["--methods", "svd", "temporal-mean"]
+    assert run("evaluate", "--real", scene["noisy_level2.tif"], *methods, "--json", scores) == 1
+    values = json.loads(scores.read_text())
+    assert values["svd"] == {"failed": "no room"}
+    assert values["temporal-mean"]["held_out"]["mse"] > 0
+    assert "svd failed: no room" in capsys.readouterr().err
+
+
+def test_a_recording_that_cannot_be_denoised_is_refused_before_it_is_measured(scene, tmp_path, capsys):
+    frames = tifffile.imread(scene["noisy_level2.tif"]).astype(np.float32)
+    frames[3, 2, 1] = np.nan
+    tifffile.imwrite(tmp_path / "nan.tif", frames)
+    assert run("evaluate", "--real", tmp_path / "nan.tif") == 1
+    assert "expected finite values" in capsys.readouterr().err
 
 
 def test_evaluate_says_what_it_needs(capsys):

@@ -17,6 +17,12 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def test_widths_that_leave_the_network_nothing_to_see_are_refused():
+    for widths in ({"sigmas_xy": (0.7, 1.0)}, {"sigmas_xy": ()}, {"sigmas_t": ()}, {"sigmas_relative": (0.0,)}):
+        with pytest.raises(ValueError, match="sigmas_xy"):
+            ModelConfig(start="filters", **widths)
+
+
 def test_parameter_counts_are_the_published_ones():
     assert parameters(Restormer3D()) == 3_570_998
     assert parameters(Restormer3D(ModelConfig(last_level_channels=64))) == 3_717_142

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from restormer3d.noise import NoiseEstimate, blind_spot_extent, estimate_noise
 
@@ -46,6 +47,37 @@ def test_dark_offset_is_recovered():
     found = estimate_noise(record(scene(), 100, 0) + 400)
     assert found.gain == pytest.approx(100, rel=0.1)
     assert found.offset == pytest.approx(400, rel=0.1)
+
+
+@pytest.mark.parametrize("offset", [-300, -2000, -30_000])
+@pytest.mark.parametrize("read_variance", [100, 2490])
+def test_zero_light_below_zero_is_no_read_noise(offset: int, read_variance: int):
+    signal = scene()
+    found = estimate_noise(np.rint(record(signal, 28.4, read_variance) + offset).astype(np.int16))
+    assert found.gain == pytest.approx(28.4, rel=0.1)
+    assert found.offset == pytest.approx(offset - read_variance / 28.4, abs=30)
+    level = np.median(signal)
+    assert found.variance(level + offset) == pytest.approx(28.4 * level + read_variance, rel=0.1)
+
+
+def test_dark_pixels_around_zero_leave_the_offset_there():
+    found = estimate_noise(record(scene() - 40, 28.4, 2490))
+    assert found.offset == 0
+    assert found.read_noise_variance == pytest.approx(2490, rel=0.2)
+
+
+@pytest.mark.parametrize(("hertz", "amplitude"), [(1, 1.0), (3, 0.5), (10, 0.55)])
+def test_breathing_and_hum_are_no_memory_of_the_noise(hertz: float, amplitude: float):
+    wave = amplitude * np.sin(2 * np.pi * hertz * np.arange(300) / 30)
+    noise = np.random.default_rng(0).standard_normal((300, 48, 48))
+    found = estimate_noise((1000 + 20 * (noise + wave[:, None, None])).astype(np.float32))
+    assert max(map(abs, found.correlation["t"])) < 0.03
+    assert blind_spot_extent(found) == (0, 0, 0)
+
+
+def test_correlations_of_smooth_recordings_are_correlations():
+    smooth = gaussian_filter(np.random.default_rng(0).standard_normal((200, 32, 32)), (5, 0, 0))
+    assert all(-1 <= r <= 1 for r in estimate_noise(smooth.astype(np.float32)).correlation["t"])
 
 
 def test_dark_pixels_clipped_at_zero_do_not_spoil_the_gain():

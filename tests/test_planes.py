@@ -306,6 +306,13 @@ def test_planes_are_trained_one_after_the_other_in_the_time_that_is_left(scenes,
     assert shares[2] == pytest.approx(90, rel=0.1)  # what the others did not take
 
 
+def test_hum_of_nearly_a_third_of_the_frame_rate_is_no_plane():
+    rows = (np.arange(900)[:, None] + np.arange(64) / 64) / 30.03
+    hum = 3 * np.sin(2 * np.pi * 50 * rows)
+    noise = 10 * np.random.default_rng(0).standard_normal((900, 64, 64), np.float32)
+    assert find_planes(100 + noise + hum[:, :, None].astype(np.float32)) is None
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_noise_of_planes_is_that_of_one(scenes, shared, tmp_path):
     clean = neighboring(scenes[0]) if shared else interleaved(scenes[:2])

@@ -235,6 +235,9 @@ def test_missing_tensorboard_is_said(training, tmp_path, monkeypatch):
 
 def test_folders_are_searched_for_tiff(noisy_file, tmp_path):
     assert stack_files([tmp_path]) == [noisy_file]
+    for name in ("._shadow.tif", "notes.txt", "large.btf"):
+        (tmp_path / name).touch()
+    assert stack_files([tmp_path]) == sorted([noisy_file, tmp_path / "large.btf"])
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="without TIFF"):

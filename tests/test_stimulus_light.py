@@ -10,8 +10,10 @@ import tifffile
 import torch
 
 from restormer3d.denoising import start_denoising
+from restormer3d.fitting import to_learn_from
 from restormer3d.inspection import describe, inspect
 from restormer3d.noise import estimate_noise
+from restormer3d.patches import training_stack
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
@@ -183,6 +185,30 @@ def test_light_that_is_not_the_same_in_all_rows_stays_so(plain):
     assert isinstance(steady, Steadied)
     left = steady[31] + light[31][:, None] - plain[31]
     assert np.abs(left.mean(1) - slope[:, 0])[4:-4].max() < 200
+
+
+def test_activity_of_all_tissue_is_not_drawn_towards_frames_around(plain):
+    clean = plain.copy()
+    clean[[*range(30, 36), *range(80, 86)]] *= 6
+    away, light = take_light_away(photons(clean))
+    assert light is not None
+    assert light[30:36].any(1).all()
+    assert steadied(away, light) is away
+
+
+def test_training_sees_no_frame_that_is_made_of_others(plain):
+    stack = photons(lit(plain, [(slice(30, 33), slice(None))], 5000)[0])
+    away, light = take_light_away(stack)
+    source = training_stack(steadied(away, light))
+    learned = to_learn_from(source)
+    assert learned.stack.shape == (117, 48, 56)
+    assert learned.normalization == source.normalization
+    np.testing.assert_allclose(learned.mean, source.normalization.apply(learned.stack[:].mean(0)), atol=1e-5)
+    other = stack.copy()
+    other[29, 20, 20] += 500
+    changed = to_learn_from(training_stack(steadied(take_light_away(other)[0], light))).stack[:] != learned.stack[:]
+    assert np.argwhere(changed).tolist() == [[29, 20, 20]]
+    assert to_learn_from(learned) is learned
 
 
 def test_weak_light_and_light_that_leaves_too_little_change_nothing(plain):

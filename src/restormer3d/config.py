@@ -182,9 +182,10 @@ class InferenceConfig(_Config):
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but the light of a
         stimulus (see `planes.find_planes`). "auto" looks how many there are.
-    idle_frames : bool
-        Whether frames that are blank or repeat the one before are set aside and put back as they were (see
-        `idle_frames.frames_shown`).
+    mend : bool
+        Whether frames that are blank, dark or repeat the one before are set aside and put back as they were (see
+        `idle_frames.frames_shown`), borders that registration has filled are, too (see `borders.without_borders`), and
+        voxels that a cosmic ray has hit are replaced (see `spikes.without_spikes`).
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `stimulus_light.stimulus_light`).
@@ -203,7 +204,7 @@ class InferenceConfig(_Config):
     footprints: bool = False
     courses: bool = False
     planes: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
-    idle_frames: bool = False
+    mend: bool = False
     stimulus_light: bool = False
     static_image: bool = False
 
@@ -258,7 +259,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         footprints=True,
         courses=True,
         planes="auto",
-        idle_frames=True,
+        mend=True,
         stimulus_light=True,
         static_image=True,
     )

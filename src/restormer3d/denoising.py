@@ -14,14 +14,18 @@ import numpy as np
 import psutil
 import torch
 
+from restormer3d import borders as filled_borders
 from restormer3d import idle_frames, stimulus_light
 from restormer3d.arithmetic import forced_engine, torch_device
+from restormer3d.borders import FilledBorders, WithoutBorders, without_borders
 from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
 from restormer3d.idle_frames import frames_shown, without_idle
+from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.planes import find_planes, in_turns, one_plane, plane_images
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
+from restormer3d.spikes import WithoutSpikes, without_spikes
 from restormer3d.stacks import TiffStack, check_stack, finished_frames
 from restormer3d.stimulus_light import Steadied, steadied, take_light_away, unlit_frames
 from restormer3d.views import Lowered, far_level
@@ -115,18 +119,14 @@ def start_denoising(
         measured = unlit_frames(light)
         return by_network(stack, measured, images, chosen, device, seconds, progress, say, pretrained)
 
-    with_idle = stack
-    shown = None
-    if chosen.inference.idle_frames:
+    with_idle, shown, borders, light, spikes = stack, None, None, None, 0
+    if chosen.inference.mend:
         stack, shown = set_idle_aside(stack, chosen.inference.planes, say)
-    light = None
+        noise = estimate_noise(stack)
+        stack, borders = _without_borders(stack, noise, say)
+        stack, spikes = _without_spikes(stack, noise, say)
     if chosen.inference.stimulus_light:
-        stack, light = take_light_away(stack)
-    if light is not None:
-        say(
-            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by "
-            "a stimulus: that light is taken away before denoising and put back afterwards"
-        )
+        stack, light = _without_light(stack, say)
     planes = find_planes(stack, chosen.inference.planes)
     left = None if seconds is None else seconds - (time.monotonic() - started)
     if planes is None or planes.shared:
@@ -138,6 +138,8 @@ def start_denoising(
     else:
         denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
     frames = denoised.frames if light is None else stimulus_light.put_back(denoised.frames, light)
+    if borders is not None:
+        frames = filled_borders.put_back(frames, borders)
     if shown is not None:
         frames = idle_frames.put_back(frames, with_idle, shown)
     if level:
@@ -145,6 +147,8 @@ def start_denoising(
     record = {
         "level": level,
         "idle_frames": 0 if shown is None else len(shown) - stack.shape[0],
+        "filled_borders": 0 if borders is None else int(borders.widths.any(1).sum()),
+        "spikes": spikes,
         "stimulus_light": None if light is None else {"frames": int(light.any(1).sum()), "largest": float(light.max())},
         "planes": planes if planes is None else asdict(planes),
     }
@@ -152,7 +156,7 @@ def start_denoising(
 
 
 def set_idle_aside(stack: Any, planes: int | Literal["auto"], say: Say = silent) -> tuple[Any, np.ndarray | None]:
-    """Set frames aside that are blank or repeat the one before, and say so.
+    """Set frames aside that are blank, dark or repeat the one before, and say so.
 
     Returns
     -------
@@ -167,8 +171,41 @@ def set_idle_aside(stack: Any, planes: int | Literal["auto"], say: Say = silent)
     if others is stack or others.shape[0] < 2 or find_planes(stack, planes) is not None:
         return stack, None
     blank, idle = int((shown < 0).sum()), len(shown) - others.shape[0]
-    say(f"{blank} frames are blank, {idle - blank} repeat the one before: they are set aside and put back as they were")
+    say(f"{blank} frames are blank or dark, {idle - blank} repeat the one before: they are put back as they were")
     return others, shown
+
+
+def _without_borders(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, FilledBorders | None]:
+    """Replace what registration has filled, and say so."""
+    stack = without_borders(stack, noise)
+    if not isinstance(stack, WithoutBorders):
+        return stack, None
+    widest = ", ".join(map(str, stack.borders.widths.max(0)))
+    say(
+        f"registration has left borders of {stack.borders.fill:g}, up to {widest} pixels wide at the top, bottom, left "
+        "and right: they are put back as they were"
+    )
+    return stack, stack.borders
+
+
+def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:
+    """Replace voxels that a cosmic ray has hit, say so, and count them."""
+    stack = without_spikes(stack, noise)
+    count = len(stack.values) if isinstance(stack, WithoutSpikes) else 0
+    if count:
+        say(f"{count} voxels are far brighter than all around, as if hit by a cosmic ray: they are replaced")
+    return stack, count
+
+
+def _without_light(stack: Any, say: Say) -> tuple[Any, np.ndarray | None]:
+    """Take the light of a stimulus away, and say so."""
+    stack, light = take_light_away(stack)
+    if light is not None:
+        say(
+            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by "
+            "a stimulus: that light is taken away before denoising and put back afterwards"
+        )
+    return stack, light
 
 
 def _plane_by_plane(

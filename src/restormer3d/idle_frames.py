@@ -1,7 +1,8 @@
-"""Frames that show nothing of their own: blank ones, and repeats of the frame before.
+"""Frames that show nothing of their own: blank ones, dark ones, and repeats of the frame before.
 
-Shutters, lost frames, aborted acquisitions and resampling leave them behind. How frames differ tells of noise and
-activity; so these are set aside before, and put back afterwards as they were.
+Shutters, lost frames, aborted acquisitions and resampling leave them behind. Whatever smooths along time would spread
+a dark frame over those around, and how frames differ tells of noise and activity; so these are set aside before, and
+put back afterwards as they were.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from restormer3d.views import SomeFrames
 
 _READ_BYTES = 2**25  # of frames that are read at once
 _APART = 16  # rows of which one is compared first
+_SAMPLE = 100  # frames whose mean is what frames show
+_AROUND = 101  # frames that tell what is usual around one
+_DARK = 0.5  # of the usual contrast of the image, that dark frames have at most
+_SURE = 6.0  # deviations, by which dark frames are darker and of less contrast than chance makes them
+_NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
 def frames_shown(stack: Any) -> np.ndarray:
-    """Which frame each one shows: its own number, an earlier one's that it repeats, or -1 where it is blank.
+    """Which frame each one shows: its own number, an earlier one's that it repeats, or -1 where it is blank or dark.
 
     Parameters
     ----------
@@ -30,18 +37,23 @@ def frames_shown(stack: Any) -> np.ndarray:
     numpy.ndarray
         (T,) int.
     """
-    shown = np.arange(stack.shape[0])
+    frames = stack.shape[0]
+    shown = np.arange(frames)
+    image = _image(stack)
+    level, contrast = np.zeros(frames), np.zeros(frames)
     step = max(1, _READ_BYTES // (int(np.prod(stack.shape[1:])) * np.dtype(stack.dtype).itemsize))
     before = None
-    for start in range(0, stack.shape[0], step):
-        block = stack[start : start + step]
-        for t, frame in enumerate(block, start):
+    for start in range(0, frames, step):
+        for t, frame in enumerate(stack[start : start + step], start):
+            level[t], contrast[t] = frame.mean(dtype=np.float64), (frame * image).sum(dtype=np.float64)
             if _equal(frame, np.broadcast_to(frame.flat[0], frame.shape)):
                 shown[t] = -1
             elif before is not None and _equal(frame, before):
                 shown[t] = shown[t - 1]
             before = frame
-    return shown
+    own = shown == np.arange(frames)
+    shown[np.flatnonzero(own)[_is_dark(level[own], contrast[own])]] = -1
+    return np.where(np.isin(shown, np.flatnonzero(shown == np.arange(frames))), shown, -1)
 
 
 def without_idle(stack: Any, shown: np.ndarray) -> Any:
@@ -51,7 +63,7 @@ def without_idle(stack: Any, shown: np.ndarray) -> Any:
 
 
 def put_back(frames: Iterator[np.ndarray], stack: Any, shown: np.ndarray) -> Iterator[np.ndarray]:
-    """Put blank frames of a stack among denoised ones (H, W), and repeat what has been made of repeated ones."""
+    """Put blank and dark frames of a stack among denoised ones (H, W), and repeat what was made of repeated ones."""
     last = np.empty(0)
     for t, number in enumerate(shown):
         if number == t:
@@ -61,3 +73,23 @@ def put_back(frames: Iterator[np.ndarray], stack: Any, shown: np.ndarray) -> Ite
 
 def _equal(frame: np.ndarray, other: np.ndarray) -> bool:
     return bool((frame[::_APART] == other[::_APART]).all() and (frame == other).all())
+
+
+def _image(stack: Any) -> np.ndarray:
+    """What frames show, as weights (H, W) whose sum is 0 and whose product with the image is 1."""
+    sample = range(0, stack.shape[0], -(-stack.shape[0] // _SAMPLE))
+    image = np.mean([stack[t] for t in sample], axis=0, dtype=np.float64)
+    image -= image.mean()
+    return image / max(float(np.square(image).sum()), 1e-30)
+
+
+def _is_dark(level: np.ndarray, contrast: np.ndarray) -> np.ndarray:
+    """Which frames are much darker than those around, and show little of the image, (T,) bool."""
+    if not len(level):
+        return np.zeros(0, bool)
+    usual, less = [], []
+    for values in (level, contrast):
+        usual.append(median_filter(values, _AROUND, mode="reflect"))
+        deviation = np.median(np.abs(values - usual[-1])) / _NORMAL_MEDIAN
+        less.append(values < usual[-1] - _SURE * deviation)
+    return less[0] & less[1] & (contrast < _DARK * usual[1])

@@ -28,8 +28,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank or
-        repeats, frames lit by a stimulus, noise (photon transfer, correlation) and blind spot.
+        File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
+        dark or repeats, frames lit by a stimulus, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def describe(facts: dict[str, Any]) -> str:
         + ", ".join(f"{p:g} %: {_shown(value)}" for p, value in facts["percentiles"].items()),
         "light": f"rows of {facts['lit_frames']} frames are brighter as a whole, as if lit by a stimulus"
         * bool(facts["lit_frames"]),
-        "idle": f"{facts['idle_frames']} frames are blank or repeat the one before: they stay as they are"
+        "idle": f"{facts['idle_frames']} frames are blank, dark or repeat the one before: they stay as they are"
         * bool(facts["idle_frames"]),
         "planes": _planes_in_words(facts["planes"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",

@@ -169,15 +169,13 @@ def steadied(stack: Any, light: np.ndarray) -> Any:
     if unlit is None:
         return stack
 
-    def rows(t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Median and median absolute deviation (H,) of the rows' difference from the frames around; how alike (H,)."""
+    def rows(t: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Median and median absolute deviation (H,) of rows' differences from the frames around, and how alike."""
         around = _mean_around(stack, unlit, t, ())
         apart = stack[t] - around
         middle = np.median(apart, axis=1)
         apart -= middle[:, None]
-        around -= around.mean(1, keepdims=True)
-        alike = (apart * around).mean(1) / np.sqrt((apart**2).mean(1) * (around**2).mean(1) + 1e-30)
-        return middle, np.median(np.abs(apart), axis=1), alike
+        return middle, np.median(np.abs(apart), axis=1), _correlation(apart, around, light[t] > 0)
 
     usual = np.median([rows(int(t))[1] for t in unlit[:: -(-len(unlit) // _COMPARED)]], axis=0)
     kept = {}
@@ -186,12 +184,18 @@ def steadied(stack: Any, light: np.ndarray) -> Any:
         share = median_filter(usual / np.maximum(spread, 1e-30), _ROWS, mode="nearest")
         rows_lit = light[t] > 0
         # What is brighter where tissue is bright, is activity of all of it: light's noise is not alike the image.
-        if np.median(share[rows_lit]) < _STRONG and np.median(alike[rows_lit]) < _ALIKE:
+        if np.median(share[rows_lit]) < _STRONG and alike < _ALIKE:
             share = np.where(rows_lit, np.minimum(share, 1), 1)
             offset = median_filter(middle, _ROWS, mode="nearest")  # of light that is not the same in all of its band
             error = spread * np.pi / 2 / np.sqrt(_ROWS * stack.shape[2]) / _NORMAL_MEDIAN  # of a median of medians
             kept[int(t)] = np.stack([np.where(np.abs(offset) > _SURE * error, offset, 0), share])
     return Steadied(stack, kept, unlit) if kept else stack
+
+
+def _correlation(apart: np.ndarray, around: np.ndarray, rows: np.ndarray) -> float:
+    """Correlation of two images (H, W) within some of their rows."""
+    a, b = (image[rows] - image[rows].mean(1, keepdims=True) for image in (apart, around))
+    return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum() + 1e-30)) if rows.any() else 0.0
 
 
 def _mean_around(stack: Any, unlit: np.ndarray, t: int, crop: tuple[Any, ...]) -> np.ndarray:

@@ -15,6 +15,7 @@ from restormer3d.ops.cpu.memory import Pool
 from restormer3d.ops.cpu.tiles import room
 
 _CACHE_BYTES = 1_200_000  # for a ring: a part of a core's second-level cache of 2 MB
+_FIRST_CACHE_BYTES = 32_768  # for a channel of it: a part of the first-level one
 _REPEATED = 0.4  # share of the work that is done again for the rows and frames around a strip
 _FEW_PRODUCTS = 5_000_000  # a twentieth of a millisecond: waking threads would take as long
 
@@ -48,7 +49,8 @@ def plan(shape: torch.Size, hidden: int, threads: int) -> tuple[int, int]:
         length = -(-frames // chunks)
         rounds = -(-batch * -(-height // rows) * chunks // threads)
         repeated = (rows + 2) * min(length + 2, frames)
-        spilled = max(1.0, 12 * hidden * (rows + 2) * (width + 1) / _CACHE_BYTES)
+        channel = 12 * (rows + 2) * (width + 1)
+        spilled = max(1.0, hidden * channel / _CACHE_BYTES) * max(1.0, channel / _FIRST_CACHE_BYTES)
         return rounds * (_REPEATED * repeated + (1 - _REPEATED) * rows * length) * spilled**0.3
 
     choices = [

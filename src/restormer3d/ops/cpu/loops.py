@@ -100,27 +100,19 @@ depthwise_add = _depthwise(accumulate=True)
 """As :func:`depthwise`, added to what ``dst`` holds."""
 
 
-@vector_loop
-def depthwise_weight_gradient(
-    e: Emitter,
-    src: Any,
-    i0: Any,
-    i1: Any,
-    i2: Any,
-    pitch: Any,
-    grad: Any,
-    ig: Any,
-    grad_pitch: Any,
-    out: Any,
-    io: Any,
-    rows: Any,
-    width: Any,
-) -> None:
-    """Add ``sum grad[r, w] * plane_t[r + h, w + shift - 1]`` to the 27 vectors at ``out[io]``, lane by lane."""
-    planes = [e.at(src, i) for i in (i0, i1, i2)]
-    target = e.at(out, io)
-    for together in [(0, 1, 2)] if REGISTERS == 32 else [(0,), (1,), (2,)]:  # as many sums as stay in registers
-        _weight_gradient_of_planes(e, together, planes, pitch, e.at(grad, ig), grad_pitch, target, rows, width)
+def _depthwise_weight_gradient(whole: bool) -> Any:
+    def emit(
+        e: Emitter, src: Any, i0: Any, i1: Any, i2: Any, pitch: Any, grad: Any, ig: Any, grad_pitch: Any, ahead: Any,
+        out: Any, io: Any, rows: Any, width: Any,
+    ) -> None:  # fmt: skip
+        planes = [e.at(src, i) for i in (i0, i1, i2)]
+        target = e.at(out, io)
+        for together in [(0, 1, 2)] if REGISTERS == 32 else [(0,), (1,), (2,)]:  # as many sums as stay in registers
+            _weight_gradient_of_planes(
+                e, together, planes, pitch, e.at(grad, ig), grad_pitch, ahead if whole else None, target, rows, width
+            )
+
+    return vector_loop(emit)
 
 
 def _weight_gradient_of_planes(
@@ -130,6 +122,7 @@ def _weight_gradient_of_planes(
     pitch: Any,
     grad: Any,
     grad_pitch: Any,
+    ahead: Any,
     target: Any,
     rows: Any,
     width: Any,
@@ -150,8 +143,12 @@ def _weight_gradient_of_planes(
         left = e.plus(width, e.times(w, -1))
 
         def gradient(row: Any) -> Any:
-            value = e.load(e.at(grad, e.plus(e.times(row, grad_pitch), w)))
-            return e.first_lanes(left, value, e.constant(0.0))
+            place = e.at(grad, e.plus(e.times(row, grad_pitch), w))
+            value = e.load(place)
+            if ahead is None:
+                return e.first_lanes(left, value, e.constant(0.0))
+            e.prefetch(e.at(place, ahead))
+            return value  # a mask would take registers
 
         zero = e.times(w, 0)
         first, second = gradient(zero), gradient(e.plus(zero, 1))
@@ -167,6 +164,15 @@ def _weight_gradient_of_planes(
         step(w, e.plus(rows, 1), {2: e.get(last)})
     for k in slots:
         e.store(e.get(sums[k]), e.at(target, k * LANES))
+
+
+depthwise_weight_gradient = _depthwise_weight_gradient(whole=False)
+"""Add ``sum grad[r, w] * plane_t[r + h, w + shift - 1]`` to the 27 vectors at ``out[io]``, lane by lane.
+
+``(src, i0, i1, i2, pitch, grad, ig, grad_pitch, ahead, out, io, rows, width)``; at least two rows.
+"""
+depthwise_weight_gradient_whole = _depthwise_weight_gradient(whole=True)
+"""The same where rows are whole vectors; prefetches what lies ``ahead`` in the gradient."""
 
 
 # Phi(x) - 1/2 = x P(u) with u = 2 (x / 5.2)^2 - 1, error 1.4e-7; d/dx gelu(x) - 1/2 = x Q(v) likewise to 5.6, 4e-7.

@@ -15,6 +15,7 @@ from restormer3d.ops.cpu.loops import (
     depthwise,
     depthwise_add,
     depthwise_weight_gradient,
+    depthwise_weight_gradient_whole,
     normalize,
 )
 from restormer3d.ops.cpu.simd import LANES
@@ -133,7 +134,7 @@ def correlate(
 ) -> None:
     """Add to 27 weight gradients, given frame t's gradient of the convolution of channel c, in a tile."""
     i0, i1, i2 = around(channels, c, t, rows, width)
-    depthwise_weight_gradient(ring, i0, i1, i2, width + 1, grad, ig + 1, width + 1, sums, isum, rows, width)
+    depthwise_weight_gradient(ring, i0, i1, i2, width + 1, grad, ig + 1, width + 1, 0, sums, isum, rows, width)
 
 
 @compiled
@@ -145,4 +146,5 @@ def correlate_with_image(
     outputs, frames, height, width = grad.shape[1:]
     i0, i1, i2 = around(channels, c, t, rows, width)
     first = (((b * outputs + o) * frames + t) * height + h0) * width
-    depthwise_weight_gradient(ring, i0, i1, i2, width + 1, grad, first, width, sums, isum, inside, width)
+    ahead = height * width
+    depthwise_weight_gradient_whole(ring, i0, i1, i2, width + 1, grad, first, width, ahead, sums, isum, inside, width)

@@ -1,0 +1,136 @@
+"""Borders that registration has filled: a frame that was moved back leaves rows and columns without a recording.
+
+Where they are as wide in every frame, nothing changes there and nothing has to be done. Where they are not, pixels
+alternate between the fill and what the microscope saw, which no average along time survives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from restormer3d.noise import NoiseEstimate
+from restormer3d.views import ChangedStack
+
+_READ_BYTES = 2**25  # of frames that are read at once
+_SURE = 6.0  # deviations, by which what is recorded at the border of other frames differs from the fill
+_SAMPLE = 64  # frames whose corners say what the fill may be
+_LEAST = 0.05  # of all corners, that are filled
+
+
+@dataclass(frozen=True)
+class FilledBorders:
+    """What registration has left at the borders of frames.
+
+    Attributes
+    ----------
+    widths : numpy.ndarray
+        Rows at the top and at the bottom, columns on the left and on the right of each frame, (T, 4).
+    fill : float
+        Intensity there.
+    """
+
+    widths: np.ndarray
+    fill: float
+
+    def mask(self, t: int, shape: tuple[int, int]) -> np.ndarray:
+        """Return which pixels (H, W) of a frame are filled, bool."""
+        top, bottom, left, right = self.widths[t]
+        filled = np.ones(shape, bool)
+        filled[top : shape[0] - bottom, left : shape[1] - right] = False
+        return filled
+
+
+@dataclass(frozen=True)
+class WithoutBorders(ChangedStack):
+    """A stack (T, H, W) whose filled borders hold the mean of what other frames show there.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As registered.
+    borders : FilledBorders
+        Of each frame.
+    image : numpy.ndarray
+        What they hold instead, (H, W).
+    """
+
+    borders: FilledBorders
+    image: np.ndarray
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Slice as the stack does."""
+        times, *crop = index if isinstance(index, tuple) else (index,)
+        frames = np.array(self.stack[index], dtype=self.dtype)
+        numbers = np.atleast_1d(np.arange(self.shape[0])[times])
+        for frame, t in zip(frames if frames.ndim == 3 else frames[None], numbers, strict=True):
+            if self.borders.widths[t].any():
+                np.copyto(
+                    frame, self.image[tuple(crop)], "same_kind", where=self.borders.mask(t, self.shape[1:])[tuple(crop)]
+                )
+        return frames
+
+
+def without_borders(stack: Any, noise: NoiseEstimate) -> Any:
+    """Put the mean of other frames where registration has left a fill whose width changes.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As registered.
+    noise : NoiseEstimate
+        Of this stack: few photons leave whole rows at zero by chance.
+
+    Returns
+    -------
+    stack of shape (T, H, W)
+        The same one where borders are as wide in all frames.
+    """
+    frames, height, width = stack.shape
+    some = np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int)
+    values, counts = np.unique(
+        [np.asarray(stack[t])[:: height - 1 or 1, :: width - 1 or 1] for t in some], return_counts=True
+    )
+    fill = values[counts.argmax()]
+    if counts.max() < _LEAST * counts.sum():
+        return stack
+    widths, total, count = np.zeros((frames, 4), int), np.zeros((height, width)), np.zeros((height, width), int)
+    step = max(1, _READ_BYTES // (height * width * np.dtype(stack.dtype).itemsize))
+    borders = FilledBorders(widths, float(fill))
+    for start in range(0, frames, step):
+        for t, frame in enumerate(stack[start : start + step], start):
+            filled = frame == fill
+            widths[t] = [n for axis in (1, 0) for n in _ends(filled.all(axis))]
+            seen = ~borders.mask(t, (height, width))
+            total += np.where(seen, frame, 0)
+            count += seen
+    if not np.ptp(widths, axis=0).any():
+        return stack
+    image = np.where(count > 0, total / np.maximum(count, 1), fill)
+    changed = WithoutBorders(stack, borders, image)
+    return changed if _is_no_chance(changed, noise) else stack
+
+
+def put_back(frames: Iterator[np.ndarray], borders: FilledBorders) -> Iterator[np.ndarray]:
+    """Fill the borders of denoised frames (H, W) as they were."""
+    for t, frame in enumerate(frames):
+        yield np.where(borders.mask(t, frame.shape), borders.fill, frame) if borders.widths[t].any() else frame
+
+
+def _ends(filled: np.ndarray) -> tuple[int, int]:
+    """How many are true before the first, and after the last that is not; none if all are."""
+    recorded = np.flatnonzero(~filled)
+    return (int(recorded[0]), len(filled) - 1 - int(recorded[-1])) if len(recorded) else (0, 0)
+
+
+def _is_no_chance(changed: WithoutBorders, noise: NoiseEstimate) -> bool:
+    """Whether what is recorded in other frames differs from the fill by more than noise, in most frames."""
+    apart, variance = changed.image - changed.borders.fill, noise.variance(changed.image)
+    sure = []
+    for t in np.flatnonzero(changed.borders.widths.any(1)):
+        filled = changed.borders.mask(int(t), changed.shape[1:])
+        sure.append(abs(apart[filled].sum()) > _SURE * np.sqrt(variance[filled].sum()))
+    return bool(np.mean(sure) > 0.5)
