@@ -62,6 +62,12 @@ def test_frames_that_are_dark_are_found(recording, share, places):
     np.testing.assert_array_equal(np.flatnonzero(frames_shown(stack) < 0), places)
 
 
+def test_frames_that_hold_no_photon_by_chance_are_kept():
+    counts = np.random.default_rng(0).poisson(0.003, (100, 24, 24)).astype(np.uint8)
+    assert (counts.max((1, 2)) == 0).sum() > 5
+    np.testing.assert_array_equal(frames_shown(counts), np.arange(100))
+
+
 def test_what_is_not_dark(recording):
     moved, bleached, half = recording.copy(), recording.astype(float), recording.copy()
     moved[50] = np.roll(moved[50], (9, -7), (0, 1))

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from restormer3d.arithmetic import float64_device
-from restormer3d.fields import without_outliers
 from restormer3d.filters import gaussian_matrix
 from restormer3d.principal import leading_components
 from restormer3d.threads import thread_count
@@ -48,7 +47,6 @@ _SLOW_SIGMA = 5.0  # frames over which what a fitted course left out is looked a
 _SLOW_EXCESS = 4.0  # energy of noise that it must exceed there, for part of it to be put back
 _SLOW_RELIABLE = 0.75  # of a component: others are partly made of the very noise that would be put back
 _SEED = 0
-_LARGEST_REST = 4.0  # times its median, that the energy of a frame's rest beyond the components counts at most
 _MOST_MORE = 100.0  # noise that a component may have, in units of the noise expected: flicker, jitter of the field
 _TINY = 1e-30
 
@@ -280,18 +278,8 @@ def _noise_energy(noisy: _Split) -> Tensor:
     """
     frames = noisy.whole.shape[1]
     steps = [_Split(*(x[:, lag:] - x[:, :-lag] for x in noisy)) for lag in (1, 2)]
-    one, two = (_usual_energy(step) / (2 * step.whole.shape[1]) for step in steps)
+    one, two = (_inner(step, step) / (2 * step.whole.shape[1]) for step in steps)
     return (2 * one - two).clamp(min=0) * frames
-
-
-def _usual_energy(step: _Split) -> Tensor:
-    """Energy (blocks, components + 1) of differences of frames, none counted for more than the usual ones are.
-
-    A frame that was lost, or a voxel that a cosmic ray has hit, is not noise that all frames have.
-    """
-    courses = without_outliers(step.courses).square().sum(1, dtype=torch.float64)
-    rest = (step.whole.square().sum(2) - step.courses.square().sum(2)).clamp(min=0).unsqueeze(2)
-    return torch.cat([courses, without_outliers(rest, _LARGEST_REST).sum(1, dtype=torch.float64)], 1)
 
 
 def _refitted(

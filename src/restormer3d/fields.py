@@ -98,16 +98,6 @@ def least_deviation(deviation: Tensor) -> Tensor:
     return deviation.clamp(min=_LEAST_DEVIATION * float(deviation.mean()) + 1e-30)
 
 
-def without_outliers(steps: Tensor, largest: float = 6.0) -> Tensor:
-    """Limit differences of frames (..., T, courses) to so many times the median magnitude of their course.
-
-    Six times is four deviations of normal noise. Frames that were lost or lit differ by more, and tell nothing of the
-    noise of others.
-    """
-    limit = largest * steps.abs().median(dim=-2, keepdim=True).values
-    return torch.minimum(torch.maximum(steps, -limit), limit)
-
-
 def trust(excess: Tensor) -> Tensor:
     """How far a network is followed where there is this much noise, relative to what is expected: from 1 to 0.
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restormer3d.arithmetic import float32_products
-from restormer3d.fields import MOST, Fields, change_fields, misfit, trust, without_outliers
+from restormer3d.fields import MOST, Fields, change_fields, misfit, trust
 from restormer3d.principal import leading_components
 from restormer3d.unets import FootprintNetwork, lag_one
 
@@ -131,6 +131,5 @@ def noise_excess(change: Tensor, left: Tensor, noise: Tensor) -> Tensor:
     """
     direction = (change / change.norm(dim=2, keepdim=True).clamp(min=1e-30)).mT
     courses = left @ direction
-    steps = (without_outliers(courses[:, lag:] - courses[:, :-lag]) for lag in (1, 2))
-    one, two = (step.square().mean(1) / 2 for step in steps)
+    one, two = ((courses[:, lag:] - courses[:, :-lag]).square().mean(1) / 2 for lag in (1, 2))
     return (2 * one - two) / (noise @ direction).square().mean(1).clamp(min=1e-30)

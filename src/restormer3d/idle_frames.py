@@ -19,6 +19,7 @@ _READ_BYTES = 2**25  # of frames that are read at once
 _APART = 16  # rows of which one is compared first
 _SAMPLE = 100  # frames whose mean is what frames show
 _AROUND = 101  # frames that tell what is usual around one
+_PHOTONS = 20  # pixels of a frame that differ from its lowest: fewer may all do so by chance
 _DARK = 0.5  # of the usual contrast of the image, that dark frames have at most
 _SURE = 6.0  # deviations, by which dark frames are darker and of less contrast than chance makes them
 _NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
@@ -52,6 +53,8 @@ def frames_shown(stack: Any) -> np.ndarray:
                 shown[t] = shown[t - 1]
             before = frame
     own = shown == np.arange(frames)
+    if not own.all() and _is_sparse(stack, np.flatnonzero(own)):
+        return np.arange(frames)
     shown[np.flatnonzero(own)[_is_dark(level[own], contrast[own])]] = -1
     return np.where(np.isin(shown, np.flatnonzero(shown == np.arange(frames))), shown, -1)
 
@@ -73,6 +76,12 @@ def put_back(frames: Iterator[np.ndarray], stack: Any, shown: np.ndarray) -> Ite
 
 def _equal(frame: np.ndarray, other: np.ndarray) -> bool:
     return bool((frame[::_APART] == other[::_APART]).all() and (frame == other).all())
+
+
+def _is_sparse(stack: Any, own: np.ndarray) -> bool:
+    """Whether so few photons are in a frame that some hold none, or the same ones, by chance."""
+    some = [np.asarray(stack[t]) for t in own[:: -(-len(own) // _SAMPLE)]] if len(own) else []
+    return bool(some) and float(np.median([np.count_nonzero(frame != frame.min()) for frame in some])) < _PHOTONS
 
 
 def _image(stack: Any) -> np.ndarray:

@@ -113,7 +113,9 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     pairs = sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
     usual = usual_variance(mean, growth[0], pairs)
     fine = _squared_differences(_fine(sample))
-    over_time = _time_correlation((fine / usual_variance(mean, fine[0], pairs))[:, changes])
+    all_and_fine = [(growth / usual)[:, changes], (fine / usual_variance(mean, fine[0], pairs))[:, changes]]
+    # Noise with a memory shows in both; what is smooth in the plane shows in the first, fast ripple more in the second.
+    over_time = tuple(min(both, key=abs) for both in zip(*map(_time_correlation, all_and_fine), strict=True))
     variance = _at_lag_zero(growth, memory=max(np.abs(over_time)) > LEAK_THRESHOLD)
     gain, intercept = _robust_line(*_bins_by_mean(mean[changes], variance[changes], clipped[changes], pairs))
     offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
@@ -240,7 +242,7 @@ def _fine(sample: np.ndarray) -> np.ndarray:
     """
     if min(sample.shape[2:]) < _AROUND:
         return sample
-    return sample - uniform_filter(sample, (0, 0, _AROUND, _AROUND))
+    return sample - uniform_filter(sample, _AROUND, axes=(2, 3))
 
 
 def _squared_differences(sample: np.ndarray) -> np.ndarray:

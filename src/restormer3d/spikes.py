@@ -13,7 +13,7 @@ import numpy as np
 from restormer3d.noise import NoiseEstimate
 from restormer3d.views import ChangedStack
 
-_SURE = 20.0  # deviations of the noise, and photons, by which a voxel is brighter than in the frames around
+_SURE = 10.0  # deviations of the noise, and photons, by which a voxel is brighter than in the frames around
 _ALONE = 0.3  # of that, by which the rows above and below it are at most
 _MOST = 1e-3  # of all voxels: more are no accident
 _READ_BYTES = 2**25  # of frames that are read at once
