@@ -212,6 +212,12 @@ def _some_repeated(s: _Trial) -> _Recording:
     return tuple(x[shown] for x in s.both(s.clean))
 
 
+def _relative(s: _Trial) -> _Recording:
+    clean, recorded = _vignette(s)
+    rest = clean.mean(0)
+    return 1000 * (clean - rest) / rest, 1000 * (recorded - rest) / rest
+
+
 def _bursts(s: _Trial) -> _Recording:
     tissue = gaussian_filter(s.rng.standard_normal(s.shape[1:]), 3)
     tissue = np.clip(1 + 0.3 * tissue / tissue.std(), 0, None)
@@ -294,6 +300,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "recursive average along time": _running_mean,
     "means of 4 frames": _averaged,
     "vignetting": _vignette,
+    "changes relative to the mean (dF/F), vignetting": _relative,
     "a quarter of all columns black": _black_columns,
     "five dropped frames": _dropped,
     "one lost frame, offset 2,000": _lost_frame,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from restormer3d.noise import NoiseEstimate, blind_spot_extent, estimate_noise
+from restormer3d.noise import NoiseEstimate, blind_spot_extent, estimate_noise, local_variance
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -183,3 +183,35 @@ def test_a_black_border_tells_nothing(border: int):
     assert found.gain == pytest.approx(100, rel=0.1)
     assert found.photons_per_pixel == pytest.approx(np.median(scene().mean(0)) / 100, rel=0.3)
     assert blind_spot_extent(found) == (0, 0, 0)
+
+
+def test_the_variance_of_a_pixel_is_told_by_its_mean_where_it_can_be():
+    signal = scene()
+    recorded = record(signal, 100, 500)
+    found = estimate_noise(recorded)
+    variance, by_place = local_variance(recorded, found, recorded.mean(0))
+    assert not by_place
+    np.testing.assert_array_equal(variance, found.variance(recorded.mean(0)))
+
+
+@pytest.mark.parametrize("frames", [None, np.arange(20, 220)])
+def test_relative_changes_are_noisier_where_there_is_less_light(frames: np.ndarray | None):
+    signal = scene()
+    rest = np.quantile(signal, 0.2, axis=0)
+    relative = (record(signal, 100, 500) - rest) / rest
+    found = estimate_noise(relative)
+    variance, by_place = local_variance(relative, found, relative.mean(0), frames)
+    assert by_place
+    expected = gaussian_filter((100 * signal.mean(0) + 500) / rest**2, 4)
+    off = np.log(gaussian_filter(variance, 4) / expected)
+    assert np.abs(off).max() < 0.3
+    assert np.abs(np.log(found.variance(relative.mean(0)) / expected)).max() > 1
+
+
+def test_pixels_that_never_change_tell_nothing_of_the_variance_around():
+    recorded = record(scene(), 100, 500)
+    recorded[:, :20] = 0
+    found = estimate_noise(recorded)
+    assert not local_variance(recorded, found, recorded.mean(0))[1]
+    two = recorded[:2]
+    assert local_variance(two, estimate_noise(two), two.mean(0))[0].shape == (64, 64)

@@ -31,7 +31,7 @@ from restormer3d.footprints import denoise_footprints
 from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise
+from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise, local_variance
 from restormer3d.normalization import temporal_mean, temporal_median
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
@@ -128,7 +128,9 @@ def by_network(
     record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
     seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
     record |= {"noise": asdict(noise), "mixture": adapted, "seconds": seconds_spent}
-    frames, afterwards = _denoised_frames(model, source, noise, images, chosen, device, precision, progress, say)
+    frames, afterwards = _denoised_frames(
+        model, source, noise, measured, images, chosen, device, precision, progress, say
+    )
     return Denoised(frames, record | afterwards, model)
 
 
@@ -157,6 +159,7 @@ def _denoised_frames(
     model: Restormer3D,
     source: TrainingStack,
     noise: NoiseEstimate,
+    measured: np.ndarray | None,
     images: np.ndarray | None,
     chosen: Settings,
     device: torch.device,
@@ -177,7 +180,7 @@ def _denoised_frames(
     )
     frames = denoise(source.stack, progress=progress)
     parts = chosen.inference
-    added = _added_noise(source, noise, say) if parts.components else None
+    added = _added_noise(source, noise, measured, say) if parts.components else None
     static = None
     if parts.static_image or parts.footprints:
         still = partial(
@@ -273,7 +276,9 @@ def _adapt(
     return replace(source, mixture=mixture.cpu().numpy()), adapted
 
 
-def _added_noise(source: TrainingStack, noise: NoiseEstimate, say: Say) -> AddedNoise | None:
+def _added_noise(
+    source: TrainingStack, noise: NoiseEstimate, measured: np.ndarray | None, say: Say
+) -> AddedNoise | None:
     """Noise like that of the stack, to tell the denoised stack's components from noise; None where that fails."""
     if source.stack.shape[0] < LEAST_FRAMES:
         say(f"{source.stack.shape[0]} frames are too few to tell components from noise: that step is left out")
@@ -281,7 +286,10 @@ def _added_noise(source: TrainingStack, noise: NoiseEstimate, say: Say) -> Added
     if any(abs(r) > LEAK_THRESHOLD for r in source.noise_correlation[0][1:]):
         say("the noise of consecutive frames is correlated: components cannot be told from it, that step is left out")
         return None
-    variance = noise.variance(source.normalization.invert(source.mean))
+    mean = source.normalization.invert(source.mean)
+    variance, by_place = local_variance(source.stack, noise, mean, measured)
+    if by_place:
+        say("the noise of a pixel is not told by its mean: it is measured everywhere")
     if not variance.any():
         say("differences of frames show no noise: no component can be told from it, that step is left out")
         return None

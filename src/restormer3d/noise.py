@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 
 LEAK_THRESHOLD = 0.08
 _TAIL = 0.025  # correlation of farther neighbors that counts, where that of nearer ones does
@@ -22,6 +22,9 @@ _TINY = 1e-30
 _MOST_FRAMES, _MOST_SIDE = 240, 256  # that are looked at
 _TIME_LAGS = 2
 _SPACE_LAGS = 3
+_LOCAL = 4.0  # pixels, over which variances are compared
+_MISFIT = 1.5  # ratio of variances, from which on the mean does not tell the one of a pixel
+_WRONG = 0.2  # of the pixels, for which it must not
 _AROUND = 5  # pixels along each side, of a mean that fine detail is told from
 
 
@@ -205,6 +208,56 @@ def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.nda
     changes = variance > 0 if variance.any() else np.ones(variance.shape, bool)
     means, variances, _ = _bins_by_mean(mean[changes], variance[changes], np.zeros(int(changes.sum())), pairs)
     return np.maximum(np.interp(mean, means, variances), max(1e-6 * variances.max(), _TINY))
+
+
+def local_variance(
+    stack: Any, noise: NoiseEstimate, mean: np.ndarray, frames: np.ndarray | None = None
+) -> tuple[np.ndarray, bool]:
+    """Noise variance of every pixel: by its mean, or by differences of frames where the mean does not tell.
+
+    Of dF/F, or after a division by a flat field, the same intensity is noisier where there was less light.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        Noisy intensities; T at least 2.
+    noise : NoiseEstimate
+        Of this stack.
+    mean : numpy.ndarray
+        Temporal mean, (H, W).
+    frames : numpy.ndarray of int, optional
+        Numbers of the frames to look at, as for :func:`estimate_noise`.
+
+    Returns
+    -------
+    tuple of numpy.ndarray and bool
+        Variance, (H, W); and whether it is that of differences of frames.
+    """
+    expected = noise.variance(mean)
+    seen, changes = _seen_variance(stack, np.arange(stack.shape[0]) if frames is None else frames)
+    whole = [gaussian_filter(np.where(changes, image, 0.0), _LOCAL) for image in (seen, expected)]
+    ratio = np.where(changes, np.maximum(whole[0], 0) / np.maximum(whole[1], _TINY), 1.0)
+    wrong = (ratio > _MISFIT) | (ratio < 1 / _MISFIT)
+    if not changes.any() or wrong[changes].mean() < _WRONG:
+        return expected, False
+    return expected * np.clip(ratio, _TINY, None), True
+
+
+def _seen_variance(stack: Any, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Noise variance by differences over one and two frames (H, W), and which pixels change at all; of still runs."""
+    run = min(_RUN, len(frames))
+    starts = np.linspace(0, len(frames) - run, max(1, min(_MOST_FRAMES, len(frames)) // run)).astype(int)
+    lags = range(1, min(3, run))
+    sums, jumps = [], []
+    for start in starts:
+        t = frames[start : start + run]
+        block = stack[t[0] : t[-1] + 1][t - t[0]].astype(np.float32)
+        steps = [np.square(block[lag:] - block[:-lag]) for lag in lags]
+        sums.append([step.mean(0) / 2 for step in steps])
+        jumps.append(max(steps[0].mean((1, 2))))
+    still = np.array(jumps) <= max(1.5 * np.median(jumps), min(jumps))
+    by_lag = np.array(sums)[still].mean(0, dtype=np.float64)
+    return (2 * by_lag[0] - by_lag[1] if len(by_lag) > 1 else by_lag[0]), by_lag[0] > 0
 
 
 def _is_below_zero(mean: np.ndarray, intercept: float, frames: int) -> bool:
