@@ -438,7 +438,7 @@ def test_bad_arguments_are_refused_before_a_job_begins(platform, stack, tmp_path
     bad = ({"config": wrong}, {"config": tmp_path / "none.toml"}, {"iterations": -1}, {"port": 70_000})
     for changes in (*bad, {"time_limit": float("nan")}):
         assert platform.run(**changes) == 2
-        assert one_reason(capsys).startswith("bad arguments: ")
+        assert capsys.readouterr().err.startswith("bad arguments: ")
 
 
 @pytest.mark.parametrize("api", ["exec", "invoke"])
