@@ -180,8 +180,8 @@ class InferenceConfig(_Config):
     courses : bool
         Whether their courses in time are then denoised (see `courses.denoise_courses`); only with `components`.
     planes : "auto" or int
-        Planes that the stack shows in turns, frame by frame: they are told apart before anything but the light of a
-        stimulus (see `planes.find_planes`). "auto" looks how many there are.
+        Planes that the stack shows in turns, frame by frame: they are told apart before anything but what `mend` and
+        `stimulus_light` do (see `planes.find_planes`). "auto" looks how many there are.
     mend : bool
         Whether frames that are blank, dark or repeat the one before are set aside and put back as they were (see
         `idle_frames.frames_shown`), borders that registration has filled are, too (see `borders.without_borders`), and
