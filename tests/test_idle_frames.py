@@ -38,7 +38,7 @@ def test_every_frame_of_a_recording_shows_something(recording):
 
 @pytest.mark.parametrize("read_bytes", [1, 2**25])
 def test_blank_and_repeated_frames_are_found(recording, monkeypatch, read_bytes):
-    monkeypatch.setattr("restormer3d.idle_frames._READ_BYTES", read_bytes)
+    monkeypatch.setattr("restormer3d.views._READ_BYTES", read_bytes)
     stack = recording.copy()
     stack[[0, 40, 95]] = 0
     stack[41] = 0

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from restormer3d.noise import NoiseEstimate
-from restormer3d.views import ChangedStack
+from restormer3d.views import ChangedStack, each_frame
 
-_READ_BYTES = 2**25  # of frames that are read at once
 _SURE = 6.0  # deviations, by which what is recorded at the border of other frames differs from the fill
 _SAMPLE = 64  # frames whose corners say what the fill may be
 _LEAST = 0.05  # of all corners, that are filled
@@ -98,15 +97,13 @@ def without_borders(stack: Any, noise: NoiseEstimate) -> Any:
     if counts.max() < _LEAST * counts.sum():
         return stack
     widths, total, count = np.zeros((frames, 4), int), np.zeros((height, width)), np.zeros((height, width), int)
-    step = max(1, _READ_BYTES // (height * width * np.dtype(stack.dtype).itemsize))
     borders = FilledBorders(widths, float(fill))
-    for start in range(0, frames, step):
-        for t, frame in enumerate(stack[start : start + step], start):
-            filled = frame == fill
-            widths[t] = [n for axis in (1, 0) for n in _ends(filled.all(axis))]
-            seen = ~borders.mask(t, (height, width))
-            total += np.where(seen, frame, 0)
-            count += seen
+    for t, frame in each_frame(stack):
+        filled = frame == fill
+        widths[t] = [n for axis in (1, 0) for n in _ends(filled.all(axis))]
+        seen = ~borders.mask(t, (height, width))
+        total += np.where(seen, frame, 0)
+        count += seen
     if not np.ptp(widths, axis=0).any():
         return stack
     image = np.where(count > 0, total / np.maximum(count, 1), fill)

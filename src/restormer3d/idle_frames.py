@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import median_filter
 
-from restormer3d.views import SomeFrames
+from restormer3d.views import SomeFrames, each_frame
 
-_READ_BYTES = 2**25  # of frames that are read at once
 _APART = 16  # rows of which one is compared first
 _SAMPLE = 100  # frames whose mean is what frames show
 _AROUND = 101  # frames that tell what is usual around one
@@ -42,16 +41,14 @@ def frames_shown(stack: Any) -> np.ndarray:
     shown = np.arange(frames)
     image = _image(stack)
     level, contrast = np.zeros(frames), np.zeros(frames)
-    step = max(1, _READ_BYTES // (int(np.prod(stack.shape[1:])) * np.dtype(stack.dtype).itemsize))
     before = None
-    for start in range(0, frames, step):
-        for t, frame in enumerate(stack[start : start + step], start):
-            level[t], contrast[t] = frame.mean(dtype=np.float64), (frame * image).sum(dtype=np.float64)
-            if _equal(frame, np.broadcast_to(frame.flat[0], frame.shape)):
-                shown[t] = -1
-            elif before is not None and _equal(frame, before):
-                shown[t] = shown[t - 1]
-            before = frame
+    for t, frame in each_frame(stack):
+        level[t], contrast[t] = frame.mean(dtype=np.float64), (frame * image).sum(dtype=np.float64)
+        if _equal(frame, np.broadcast_to(frame.flat[0], frame.shape)):
+            shown[t] = -1
+        elif before is not None and _equal(frame, before):
+            shown[t] = shown[t - 1]
+        before = frame
     own = shown == np.arange(frames)
     if not own.all() and _is_sparse(stack, np.flatnonzero(own)):
         return np.arange(frames)

@@ -122,8 +122,9 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     variance = _at_lag_zero(growth, memory=max(np.abs(over_time)) > LEAK_THRESHOLD)
     gain, intercept = _robust_line(*_bins_by_mean(mean[changes], variance[changes], clipped[changes], pairs))
     offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
-    if _is_below_zero(mean[changes], intercept, sample.shape[0] * sample.shape[1]):
-        offset = -intercept / gain if gain > 0 else float(np.quantile(mean[changes], 0.01))
+    lowest, by_chance = np.quantile(mean[changes], 0.01), 4 * np.sqrt(max(intercept, 0.0) / np.prod(sample.shape[:2]))
+    if lowest < -by_chance:  # noise around zero light does not explain it
+        offset = -intercept / gain if gain > 0 else float(lowest)
     differences = np.diff(sample, axis=1).reshape(-1, *mean.shape) / np.sqrt(2 * usual, dtype=np.float32)
     return NoiseEstimate(
         gain=gain,
@@ -245,14 +246,10 @@ def local_variance(
 
 def _seen_variance(stack: Any, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Noise variance by differences over one and two frames (H, W), and which pixels change at all; of still runs."""
-    run = min(_RUN, len(frames))
-    starts = np.linspace(0, len(frames) - run, max(1, min(_MOST_FRAMES, len(frames)) // run)).astype(int)
-    lags = range(1, min(3, run))
     sums, jumps = [], []
-    for start in starts:
-        t = frames[start : start + run]
+    for t in _runs(frames):
         block = stack[t[0] : t[-1] + 1][t - t[0]].astype(np.float32)
-        steps = [np.square(block[lag:] - block[:-lag]) for lag in lags]
+        steps = [np.square(block[lag:] - block[:-lag]) for lag in range(1, min(3, len(t)))]
         sums.append([step.mean(0) / 2 for step in steps])
         jumps.append(max(steps[0].mean((1, 2))))
     still = np.array(jumps) <= max(1.5 * np.median(jumps), min(jumps))
@@ -260,20 +257,18 @@ def _seen_variance(stack: Any, frames: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return (2 * by_lag[0] - by_lag[1] if len(by_lag) > 1 else by_lag[0]), by_lag[0] > 0
 
 
-def _is_below_zero(mean: np.ndarray, intercept: float, frames: int) -> bool:
-    """Whether means of pixels are so far below 0 that noise around zero light does not explain it."""
-    return bool(np.quantile(mean, 0.01) < -4 * np.sqrt(max(intercept, 0.0) / frames))
-
-
 def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
     height, width = stack.shape[1:]
-    run = min(_RUN, len(frames))
-    count = max(1, min(_MOST_FRAMES, len(frames)) // run)
     top, left = max(0, height - _MOST_SIDE) // 2, max(0, width - _MOST_SIDE) // 2
     field = slice(top, top + min(height, _MOST_SIDE)), slice(left, left + min(width, _MOST_SIDE))
-    starts = np.linspace(0, len(frames) - run, count).astype(int)
-    runs = (frames[a : a + run] for a in starts)
-    return np.stack([stack[t[0] : t[-1] + 1, *field][t - t[0]].astype(np.float32) for t in runs])
+    return np.stack([stack[t[0] : t[-1] + 1, *field][t - t[0]].astype(np.float32) for t in _runs(frames)])
+
+
+def _runs(frames: np.ndarray) -> list[np.ndarray]:
+    """Choose runs of consecutive ones of some frames, evenly spaced."""
+    run = min(_RUN, len(frames))
+    starts = np.linspace(0, len(frames) - run, max(1, min(_MOST_FRAMES, len(frames)) // run)).astype(int)
+    return [frames[start : start + run] for start in starts]
 
 
 def _still_runs(sample: np.ndarray) -> np.ndarray:

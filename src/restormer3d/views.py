@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+_READ_BYTES = 2**25  # of frames that are read at once
 _FAR = 2.0**16  # from which on float32 tells steps of less than 1/128 no more
 
 
@@ -51,6 +52,13 @@ class Lowered(ChangedStack):
     def __getitem__(self, index: Any) -> np.ndarray:
         """Slice as the stack does."""
         return np.subtract(self.stack[index], self.level, dtype=self.dtype)
+
+
+def each_frame(stack: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Read a stack (T, H, W) frame by frame, with their numbers, some megabytes at a time."""
+    step = max(1, _READ_BYTES // (int(np.prod(stack.shape[1:])) * np.dtype(stack.dtype).itemsize))
+    for start in range(0, stack.shape[0], step):
+        yield from enumerate(stack[start : start + step], start)
 
 
 def far_level(stack: Any) -> float:
