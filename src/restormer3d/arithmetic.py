@@ -91,5 +91,5 @@ def torch_device(name: str) -> torch.device:
 
 
 def float64_device(device: str | torch.device) -> torch.device:
-    """Where double precision is computed: MPS has none, and leaves it to the CPU."""
-    return torch.device("cpu" if torch.device(device).type == "mps" else device)
+    """Where double precision is computed: what has none, as MPS, leaves it to the CPU."""
+    return torch.device(device if torch.device(device).type in ("cpu", "cuda") else "cpu")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from restormer3d.arithmetic import float64_device
 from restormer3d.filters import filter_bank, noise_variance, own_noise, pixel_variance
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
@@ -227,8 +228,8 @@ def _by_kind(values: Tensor, kinds: Tensor, weight: Tensor) -> Tensor:
 
 
 def _float64(values: Tensor) -> Tensor:
-    """In double precision, on the device that they are on; MPS has none, and leaves it to the CPU."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
+    """In double precision, on the device that they are on if it has that."""
+    return values.to(float64_device(values.device)).double()
 
 
 def _expectation_maximization(scenes: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
