@@ -12,6 +12,9 @@ import torch
 from restormer3d.config import InferenceConfig, ModelConfig, TrainingConfig
 from restormer3d.model import Restormer3D
 
+from .emulated import make_known
+
+make_known()
 if not torch.cuda.is_available():
     # Read when Triton is imported for the first time; it only matters to tests that ask for engine "cuda".
     os.environ.setdefault("TRITON_INTERPRET", "1")

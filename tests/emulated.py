@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
@@ -27,7 +26,8 @@ _NAME = "emulated"
 @contextmanager
 def emulated_device(float64: bool) -> Iterator[torch.device]:
     """Give a device to compute on within the block, with or without double precision."""
-    _register()
+    if not _is_known():
+        pytest.skip("this PyTorch knows no devices that are written in Python")
     with _Redirected(), _Dispatched(float64):
         yield torch.device(_NAME, 0)
 
@@ -118,15 +118,20 @@ def _host(x: Any) -> Any:
     return x.held if isinstance(x, _OnDevice) else x
 
 
-@cache
-def _register() -> None:
-    """Make the device known to PyTorch: once for all, there is no way back."""
+def make_known() -> None:
+    """Make the device known to PyTorch: before the first gradient, which counts the devices that there are."""
     register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
-    if register is None:
-        pytest.skip("this PyTorch knows no devices written in Python")
+    if register is not None and not _is_known():
+        register(_NAME, _module())
 
+
+def _is_known() -> bool:
+    return hasattr(torch, _NAME)
+
+
+def _module() -> Any:
     class Module(backend_registration._DummyBackendModule):
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
             return [torch.bfloat16]
 
-    register(_NAME, Module())
+    return Module()

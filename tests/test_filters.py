@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from restormer3d.filters import filter_bank, own_noise
+from restormer3d.filters import filter_bank, gaussian_matrix, own_noise
 
 from .conftest import background_of
 
@@ -56,3 +56,20 @@ def test_a_pixel_has_no_part_in_the_choice_of_its_kind():
 
     assert (kinds[0] - kinds[1])[:, 5, 5].abs().max() < 0.05
     assert (kinds[0] - kinds[1])[:, 5, 7].abs().max() > 0.2
+
+
+@pytest.mark.parametrize("sigma", [0.45, 1.0, 2.8, 11.2, 27.0])
+def test_gaussian_weights_are_normal_numbers_and_those_of_the_formula(sigma):
+    matrix = gaussian_matrix(256, sigma, torch.zeros(1))
+    assert not ((matrix > 0) & (matrix < torch.finfo(torch.float32).tiny)).any()  # a CPU is slow with those
+    at = torch.arange(256, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+    torch.testing.assert_close(matrix.double(), kernel / kernel.sum(1, keepdim=True), rtol=1e-5, atol=1e-11)
+
+
+def test_training_may_use_filters_that_inference_has_made():
+    x = torch.rand(3, 37, requires_grad=True)
+    with torch.inference_mode():
+        gaussian_matrix(37, 1.7, x)
+    (x @ gaussian_matrix(37, 1.7, x)).sum().backward()
+    assert x.grad is not None

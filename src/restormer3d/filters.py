@@ -20,6 +20,7 @@ _DETAIL_SIGMAS = (0.45, 0.8, 1.6, 3.2)  # pixels: scales into which the static i
 _BRIGHTNESS_KNOTS = (-2.0, -1.0, -0.25, 0.5, 1.25, 2.25)  # logarithm of a pixel's light over its noise
 _ACTIVITY_KNOTS = (0.1, 0.6, 1.8)  # logarithm of the energy of slow fluctuations over that of noise
 _EPS = 1e-6
+_LEAST_WEIGHT = 1e-12  # of a neighbor, relative to the middle
 _STRIP_VOXELS = 2**16  # of the rows of pixels that are looked at together
 
 KINDS = len(_BRIGHTNESS_KNOTS) * len(_ACTIVITY_KNOTS)
@@ -298,15 +299,25 @@ def shrunk_details(mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def gaussian_matrix(length: int, sigma: float, like: Tensor) -> Tensor:
     """Gaussian filter along an axis of `length` as a matrix (length, length) whose rows sum to one.
 
-    At the ends the kernel is cut and renormalized.
+    At the ends the kernel is cut and renormalized. On a CPU, which would spend more time on them than on products with
+    them, matrices are kept: do not change one.
     """
-    kernel = _kernel(length, sigma, like)
+    return (_kept_matrix if like.device.type == "cpu" else _matrix)(length, sigma, like.device, like.dtype)
+
+
+def _matrix(length: int, sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    kernel = _kernel(length, sigma, device, dtype)
     return kernel / kernel.sum(1, keepdim=True)
 
 
-def _kernel(length: int, sigma: float, like: Tensor) -> Tensor:
-    position = torch.arange(length, device=like.device, dtype=like.dtype)
-    return torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
+_kept_matrix = lru_cache(maxsize=64)(torch.inference_mode(False)(_matrix))  # training uses what inference has made
+
+
+def _kernel(length: int, sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    position = torch.arange(length, device=device, dtype=dtype)
+    kernel = torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
+    # Numbers too small to be normal would make a CPU's products many times slower, and add nothing to them.
+    return torch.where(kernel < _LEAST_WEIGHT, 0.0, kernel)
 
 
 def smooth_plane(images: Tensor, sigma: float) -> Tensor:
@@ -318,7 +329,7 @@ def smooth_plane(images: Tensor, sigma: float) -> Tensor:
 def _smooth_around(images: Tensor, sigma: float) -> Tensor:
     """Average around every pixel, itself and the eight that touch it left out."""
     h, w = images.shape[-2:]
-    full = [_kernel(size, sigma, images) for size in (h, w)]
+    full = [_kernel(size, sigma, images.device, images.dtype) for size in (h, w)]
     near = [kernel.triu(-1).tril(1) for kernel in full]
 
     def around(x: Tensor) -> Tensor:
