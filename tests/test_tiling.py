@@ -6,7 +6,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
+from restormer3d.tiling import (
+    even_window,
+    gaussian_weights,
+    hann_weights,
+    mirror_indices,
+    temporal_starts,
+    window_starts,
+)
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.floats(0, 0.9))
@@ -19,6 +26,24 @@ def test_spatial_windows_cover_the_axis_and_stay_inside(length, window, overlap)
         covered[start : start + window] += 1
     assert covered.min() >= 1
     assert starts == sorted(set(starts))
+
+
+@given(st.integers(1, 900), st.integers(1, 256), st.floats(1, 1.5), st.floats(0, 0.75))
+def test_longer_windows_are_fewer_and_compute_no_more(length, window, most, overlap):
+    window = min(window, length)
+    longest = min(int(most * window), length)
+    size = even_window(length, window, longest, overlap)
+    assert window <= size <= longest
+    count = len(window_starts(length, size, overlap))
+    assert count == len(window_starts(length, longest, overlap)) <= len(window_starts(length, window, overlap))
+    assert size in (window, longest) or len(window_starts(length, size - 8, overlap)) > count
+
+
+def test_windows_of_usual_fields():
+    assert even_window(256, 96, 120, 0.25) == 104  # three instead of four
+    assert even_window(490, 96, 120, 0.25) == 104
+    assert even_window(512, 96, 120, 0.25) == 112
+    assert even_window(512, 64, 64, 0.5) == 64
 
 
 @given(st.integers(64, 300), st.integers(1, 16), st.sampled_from([0.0, 0.25, 0.5, 0.75]))

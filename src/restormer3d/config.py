@@ -161,7 +161,8 @@ class InferenceConfig(_Config):
         Frames, rows and columns of a window. That of the training patches with `start="input"`, for attention pools
         over it; wider with "filters", which reach further than a patch and are computed in fewer, larger pieces.
     stretch : float
-        An axis of a stack at most this many times as long as the window is taken as a whole.
+        An axis of a stack at most this many times as long as the window is taken as a whole. On longer ones windows
+        are up to half of that longer, if fewer then suffice.
     overlap_t, overlap_xy : float
         Share of a window that the next one covers again, along time and along rows and columns.
     batch_size : int

@@ -19,7 +19,14 @@ from restormer3d.arithmetic import autocast, float32_products
 from restormer3d.config import InferenceConfig, Precision
 from restormer3d.cuda_graph import GraphedStep
 from restormer3d.normalization import Normalization
-from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
+from restormer3d.tiling import (
+    even_window,
+    gaussian_weights,
+    hann_weights,
+    mirror_indices,
+    temporal_starts,
+    window_starts,
+)
 
 _CROP = tuple[slice, slice]
 _Denoiser = Callable[[Tensor, Tensor], Tensor]  # windows and their background to denoised windows
@@ -111,8 +118,12 @@ def window_size(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[i
 
     As `config` says, or as far as the stack goes, and square where they are to be turned by a quarter.
     """
+    overlaps = config.overlap_t, config.overlap_xy, config.overlap_xy
     frames, rows, columns = (
-        full if full <= part * config.stretch else part for full, part in zip(shape, config.window, strict=True)
+        full
+        if full <= part * config.stretch
+        else even_window(full, part, int(part * (1 + config.stretch) / 2), overlap)
+        for full, part, overlap in zip(shape, config.window, overlaps, strict=True)
     )
     if config.symmetries == 8:
         rows = columns = min(rows, columns)

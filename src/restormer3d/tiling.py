@@ -32,6 +32,24 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     return [int(start) for start in np.linspace(0, length - window, count).round()]
 
 
+def even_window(length: int, window: int, longest: int, overlap: float) -> int:
+    """Pixels of windows that cover an axis by as few as the `longest` would, with little more overlap than needed.
+
+    Parameters
+    ----------
+    length : int
+        Pixels along the axis.
+    window, longest : int
+        Between these it is chosen, in steps of eight, which networks of four levels do not have to fill up; `longest`
+        is at most `length`.
+    overlap : float
+        As for :func:`window_starts`.
+    """
+    fewest = len(window_starts(length, longest, overlap))
+    sizes = range(window, longest, 8)
+    return next((size for size in sizes if len(window_starts(length, size, overlap)) == fewest), longest)
+
+
 def temporal_starts(frames: int, window: int, overlap: float) -> list[int]:
     """First frames of the windows along time; frames below 0 and from `frames` on are mirrored.
 
