@@ -26,9 +26,9 @@ import psutil
 
 from benchmarks.memory import peak_resident_bytes
 from benchmarks.methods import METHODS, Method, Score
+from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.metrics import evaluate_stacks
 from restormer3d.noise import estimate_noise
-from restormer3d.planes import find_planes, of_one_image
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
 from restormer3d.simulation import NoisyScene, Scene, noise_parameters, simulate_scene
 from restormer3d.stacks import open_stack, write_stack

@@ -17,9 +17,9 @@ from cyclopts import App
 
 from benchmarks.jobs import real_job, run_app, without_folders
 from benchmarks.tables import publish, recording_name
+from restormer3d.artefacts.planes import find_planes, in_turns, one_plane
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
-from restormer3d.planes import find_planes, in_turns, one_plane
 from restormer3d.report import held_out_frame_error
 from restormer3d.settings import Settings, settings
 from restormer3d.stacks import open_stack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from restormer3d.borders import WithoutBorders, without_borders
+from restormer3d.artefacts.borders import WithoutBorders, without_borders
 from restormer3d.denoising import array_and_record
 from restormer3d.noise import estimate_noise
 from restormer3d.settings import settings

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tifffile
 
+from restormer3d.artefacts.idle_frames import frames_shown, put_back, without_idle
 from restormer3d.denoising import array_and_record
-from restormer3d.idle_frames import frames_shown, put_back, without_idle
 from restormer3d.inspection import describe, inspect
 from restormer3d.noise import estimate_noise
 from restormer3d.settings import settings

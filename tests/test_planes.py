@@ -13,10 +13,7 @@ import tifffile
 import torch
 
 from restormer3d import denoising, fitting
-from restormer3d.demo import RECORDING
-from restormer3d.denoising import start_denoising
-from restormer3d.inspection import describe, inspect
-from restormer3d.planes import (
+from restormer3d.artefacts.planes import (
     Planes,
     WithoutPlanes,
     differences_of,
@@ -26,11 +23,14 @@ from restormer3d.planes import (
     plane_images,
     put_back,
 )
+from restormer3d.artefacts.stimulus_light import stimulus_light
+from restormer3d.demo import RECORDING
+from restormer3d.denoising import start_denoising
+from restormer3d.inspection import describe, inspect
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import noise_parameters, simulate_scene
 from restormer3d.stacks import open_stack
-from restormer3d.stimulus_light import stimulus_light
 
 SHAPE = (192, 64, 64)
 DEMO_STACK = resources.files("restormer3d") / "data" / RECORDING

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from restormer3d.artefacts.spikes import WithoutSpikes, without_spikes
 from restormer3d.denoising import array_and_record
 from restormer3d.noise import estimate_noise
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.spikes import WithoutSpikes, without_spikes
 
 PLACES = ([0, 30, 30, 47], [5, 0, 31, 20], [7, 31, 0, 20])
 

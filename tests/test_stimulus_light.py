@@ -9,15 +9,7 @@ import pytest
 import tifffile
 import torch
 
-from restormer3d.denoising import start_denoising
-from restormer3d.fitting import to_learn_from
-from restormer3d.inspection import describe, inspect
-from restormer3d.noise import estimate_noise
-from restormer3d.patches import training_stack
-from restormer3d.progress import silent
-from restormer3d.settings import settings
-from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.stimulus_light import (
+from restormer3d.artefacts.stimulus_light import (
     Steadied,
     WithoutLight,
     put_back,
@@ -26,6 +18,14 @@ from restormer3d.stimulus_light import (
     take_light_away,
     unlit_frames,
 )
+from restormer3d.denoising import start_denoising
+from restormer3d.fitting import to_learn_from
+from restormer3d.inspection import describe, inspect
+from restormer3d.noise import estimate_noise
+from restormer3d.patches import training_stack
+from restormer3d.progress import silent
+from restormer3d.settings import settings
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 
 from .conftest import blinking_cells, photons
 

@@ -182,14 +182,15 @@ class InferenceConfig(_Config):
         Whether their courses in time are then denoised (see `courses.denoise_courses`); only with `components`.
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but what `mend` and
-        `stimulus_light` do (see `planes.find_planes`). "auto" looks how many there are.
+        `stimulus_light` do (see `artefacts.planes.find_planes`). "auto" looks how many there are.
     mend : bool
         Whether frames that are blank, dark or repeat the one before are set aside and put back as they were (see
-        `idle_frames.frames_shown`), borders that registration has filled are, too (see `borders.without_borders`), and
-        voxels that a cosmic ray has hit are replaced (see `spikes.without_spikes`).
+        `artefacts.idle_frames.frames_shown`), borders that registration has filled are, too (see
+        `artefacts.borders.without_borders`), and voxels that a cosmic ray has hit are replaced (see
+        `artefacts.spikes.without_spikes`).
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
-        afterwards (see `stimulus_light.stimulus_light`).
+        afterwards (see `artefacts.stimulus_light.stimulus_light`).
     static_image : bool
         Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """

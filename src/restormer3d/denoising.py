@@ -8,27 +8,21 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from tempfile import SpooledTemporaryFile, gettempdir
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import psutil
 import torch
 
-from restormer3d import borders as filled_borders
-from restormer3d import idle_frames, stimulus_light
 from restormer3d.arithmetic import forced_engine, torch_device
-from restormer3d.borders import FilledBorders, WithoutBorders, without_borders
+from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images
+from restormer3d.artefacts.set_aside import set_aside
+from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
 from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
-from restormer3d.idle_frames import frames_shown, without_idle
-from restormer3d.noise import NoiseEstimate, estimate_noise
-from restormer3d.planes import find_planes, in_turns, one_plane, plane_images
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
-from restormer3d.spikes import WithoutSpikes, without_spikes
 from restormer3d.stacks import TiffStack, check_stack, finished_frames
-from restormer3d.stimulus_light import Steadied, steadied, take_light_away, unlit_frames
-from restormer3d.views import Lowered, far_level
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
 _ASIDE_BYTES = 2**28  # of a plane's denoised frames that wait in memory; more wait in a temporary file
@@ -98,35 +92,9 @@ def start_denoising(
     if method not in get_args(Method):
         raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
     started = time.monotonic()
-    stack = _readable(stack)
-    if level := far_level(stack):
-        stack = Lowered(stack, level)
-
-    def denoise_one(
-        stack: Any,
-        light: np.ndarray | None,
-        images: np.ndarray | None,
-        seconds: float | None,
-        progress: Progress,
-        say: Say,
-    ) -> Denoised:
-        if light is not None and images is None:
-            stack = steadied(stack, light)
-            if isinstance(stack, Steadied):
-                say(f"noise of that light is strong in {len(stack.kept)} frames: they are drawn towards those around")
-        if method != "restormer3d":
-            return by_filter(stack, images, chosen, method, progress, say)
-        measured = unlit_frames(light)
-        return by_network(stack, measured, images, chosen, device, seconds, progress, say, pretrained)
-
-    with_idle, shown, borders, light, spikes = stack, None, None, None, 0
-    if chosen.inference.mend:
-        stack, shown = set_idle_aside(stack, chosen.inference.planes, say)
-        noise = estimate_noise(stack)
-        stack, borders = _without_borders(stack, noise, say)
-        stack, spikes = _without_spikes(stack, noise, say)
-    if chosen.inference.stimulus_light:
-        stack, light = _without_light(stack, say)
+    aside = set_aside(_readable(stack), chosen.inference, say)
+    stack, light = aside.stack, aside.light
+    denoise_one = partial(_denoise_one, chosen=chosen, method=method, device=device, pretrained=pretrained)
     planes = find_planes(stack, chosen.inference.planes)
     left = None if seconds is None else seconds - (time.monotonic() - started)
     if planes is None or planes.shared:
@@ -137,75 +105,31 @@ def start_denoising(
         denoised = denoise_one(stack, light, images, left, progress, say)
     else:
         denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
-    frames = denoised.frames if light is None else stimulus_light.put_back(denoised.frames, light)
-    if borders is not None:
-        frames = filled_borders.put_back(frames, borders)
-    if shown is not None:
-        frames = idle_frames.put_back(frames, with_idle, shown)
-    if level:
-        frames = (np.add(frame, level, dtype=np.float64) for frame in frames)
-    record = {
-        "level": level,
-        "idle_frames": 0 if shown is None else len(shown) - stack.shape[0],
-        "filled_borders": 0 if borders is None else int(borders.widths.any(1).sum()),
-        "spikes": spikes,
-        "stimulus_light": None if light is None else {"frames": int(light.any(1).sum()), "largest": float(light.max())},
-        "planes": planes if planes is None else asdict(planes),
-    }
-    return replace(denoised, frames=frames, record=denoised.record | record)
+    record = denoised.record | aside.record | {"planes": planes if planes is None else asdict(planes)}
+    return replace(denoised, frames=aside.put_back(denoised.frames), record=record)
 
 
-def set_idle_aside(stack: Any, planes: int | Literal["auto"], say: Say = silent) -> tuple[Any, np.ndarray | None]:
-    """Set frames aside that are blank, dark or repeat the one before, and say so.
-
-    Returns
-    -------
-    stack : stack of shape (T, H, W)
-        Of the other frames; the same one where all are.
-    shown : numpy.ndarray or None
-        As :func:`idle_frames.frames_shown` finds it; None where no frame is set aside.
-    """
-    shown = frames_shown(stack)
-    others = without_idle(stack, shown)
-    # Of planes in turns one may be blank: without it the others would be out of turn.
-    if others is stack or others.shape[0] < 2 or find_planes(stack, planes) is not None:
-        return stack, None
-    blank, idle = int((shown < 0).sum()), len(shown) - others.shape[0]
-    say(f"{blank} frames are blank or dark, {idle - blank} repeat the one before: they are put back as they were")
-    return others, shown
-
-
-def _without_borders(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, FilledBorders | None]:
-    """Replace what registration has filled, and say so."""
-    stack = without_borders(stack, noise)
-    if not isinstance(stack, WithoutBorders):
-        return stack, None
-    widest = ", ".join(map(str, stack.borders.widths.max(0)))
-    say(
-        f"registration has left borders of {stack.borders.fill:g}, up to {widest} pixels wide at the top, bottom, left "
-        "and right: they are put back as they were"
-    )
-    return stack, stack.borders
-
-
-def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:
-    """Replace voxels that a cosmic ray has hit, say so, and count them."""
-    stack = without_spikes(stack, noise)
-    count = len(stack.values) if isinstance(stack, WithoutSpikes) else 0
-    if count:
-        say(f"{count} voxels are far brighter than all around, as if hit by a cosmic ray: they are replaced")
-    return stack, count
-
-
-def _without_light(stack: Any, say: Say) -> tuple[Any, np.ndarray | None]:
-    """Take the light of a stimulus away, and say so."""
-    stack, light = take_light_away(stack)
-    if light is not None:
-        say(
-            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by "
-            "a stimulus: that light is taken away before denoising and put back afterwards"
-        )
-    return stack, light
+def _denoise_one(
+    stack: Any,
+    light: np.ndarray | None,
+    images: np.ndarray | None,
+    seconds: float | None,
+    progress: Progress,
+    say: Say,
+    *,
+    chosen: Settings,
+    method: Method,
+    device: torch.device,
+    pretrained: Pretrained | None,
+) -> Denoised:
+    """Denoise a stack from which `light` (T, H) was taken; `images` as for :func:`fitting.by_network`."""
+    if light is not None and images is None:
+        stack = steadied(stack, light)
+        if isinstance(stack, Steadied):
+            say(f"noise of that light is strong in {len(stack.kept)} frames: they are drawn towards those around")
+    if method != "restormer3d":
+        return by_filter(stack, images, chosen, method, progress, say)
+    return by_network(stack, unlit_frames(light), images, chosen, device, seconds, progress, say, pretrained)
 
 
 def _plane_by_plane(

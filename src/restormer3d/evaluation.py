@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.planes import find_planes, of_one_image
 from restormer3d.progress import Progress, Say
 from restormer3d.report import held_out_frame_error, photon_transfer, residual_whiteness
 from restormer3d.settings import Settings

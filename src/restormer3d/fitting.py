@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from restormer3d.arithmetic import float64_device, usable
+from restormer3d.artefacts.planes import WithoutPlanes, differences_of, put_back
+from restormer3d.artefacts.stimulus_light import Steadied
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.checkpoint import small_network
 from restormer3d.components import (
@@ -35,13 +37,11 @@ from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise, loc
 from restormer3d.normalization import temporal_mean, temporal_median
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
-from restormer3d.planes import WithoutPlanes, differences_of, put_back
 from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
 from restormer3d.progress import Progress, Say
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, networks_record, weights_record
 from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
-from restormer3d.stimulus_light import Steadied
 from restormer3d.training import fit
 from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork
 from restormer3d.views import SomeFrames

@@ -6,15 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from restormer3d.denoising import set_idle_aside
+from restormer3d.artefacts.planes import find_planes, of_one_image
+from restormer3d.artefacts.set_aside import set_aside
+from restormer3d.artefacts.stimulus_light import unlit_frames
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
-from restormer3d.planes import find_planes, of_one_image
 from restormer3d.settings import settings, training_plan
 from restormer3d.stacks import check_stack, open_stack
-from restormer3d.stimulus_light import take_light_away, unlit_frames
-from restormer3d.views import Lowered, far_level
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -29,7 +28,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     -------
     dict
         File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
-        dark or repeats, frames lit by a stimulus, noise (photon transfer, correlation) and blind spot.
+        dark or repeats, frames whose borders registration has filled, voxels that a cosmic ray has hit, frames lit by
+        a stimulus, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -38,12 +38,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     with open_stack(path) as stack:
         check = check_stack(stack)
-        level = far_level(stack)
-        seen, shown = set_idle_aside(Lowered(stack, level) if level else stack, "auto")
-        idle = 0 if shown is None else len(shown) - seen.shape[0]
-        seen, light = take_light_away(seen)
-        planes = find_planes(seen)
-        seen, lit = of_one_image(seen, planes), light
+        aside = set_aside(stack, settings().inference)
+        light, level = aside.light, aside.record["level"]
+        planes = find_planes(aside.stack)
+        seen, lit = of_one_image(aside.stack, planes), light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
         noise = estimate_noise(seen, frames=unlit_frames(lit))
@@ -62,7 +60,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "percentiles": dict(zip(percentiles, values, strict=True)),
             "normalization": {"low": range_of.low + level, "high": range_of.high + level},
             "planes": None if planes is None else asdict(planes),
-            "idle_frames": idle,
+            "idle_frames": aside.record["idle_frames"],
+            "filled_borders": aside.record["filled_borders"],
+            "spikes": aside.record["spikes"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
             "noise": asdict(noise) | {"offset": noise.offset + level},
             "blind_spot": blind_spot_extent(noise),
@@ -89,6 +89,9 @@ def describe(facts: dict[str, Any]) -> str:
         * bool(facts["lit_frames"]),
         "idle": f"{facts['idle_frames']} frames are blank, dark or repeat the one before: they stay as they are"
         * bool(facts["idle_frames"]),
+        "borders": f"filled by registration in {facts['filled_borders']} frames: they stay as they are"
+        * bool(facts["filled_borders"]),
+        "spikes": f"{facts['spikes']} voxels are as if hit by a cosmic ray: they are replaced" * bool(facts["spikes"]),
         "planes": _planes_in_words(facts["planes"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
         "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); "

@@ -1,0 +1,131 @@
+"""All that is set aside before a stack is denoised, in order, and put back afterwards, in reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from restormer3d.artefacts import borders, idle_frames, spikes, stimulus_light
+from restormer3d.artefacts.planes import find_planes
+from restormer3d.config import InferenceConfig
+from restormer3d.noise import NoiseEstimate, estimate_noise
+from restormer3d.progress import Say, silent
+from restormer3d.views import Lowered, far_level
+
+_Frames = Iterator[np.ndarray]
+_PutBack = Callable[[_Frames], _Frames]
+
+
+class SetAside(NamedTuple):
+    """A stack without what was set aside.
+
+    Attributes
+    ----------
+    stack : stack of shape (T, H, W)
+        What is left to denoise; it may have fewer frames.
+    light : numpy.ndarray or None
+        Light of a stimulus that was taken away from its rows, (T, H).
+    record : dict
+        What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `spikes`, `stimulus_light`.
+    undo : tuple of function
+        Each puts one thing back into denoised frames, the last one first.
+    """
+
+    stack: Any
+    light: np.ndarray | None
+    record: dict[str, Any]
+    undo: tuple[_PutBack, ...]
+
+    def put_back(self, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Put all of it back into denoised frames (H, W), as they come."""
+        return reduce(lambda done, put_back: put_back(done), reversed(self.undo), frames)
+
+
+def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside:
+    """Set aside what `parts` asks for, and say what was found.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As recorded, checked by `stacks.check_stack`.
+    parts : InferenceConfig
+        Of it `mend`, `stimulus_light` and `planes` count.
+    say : function, optional
+        Called with one line of text for the user.
+    """
+    record: dict[str, Any] = {"level": far_level(stack)}
+    undo: list[_PutBack] = []
+    if record["level"]:
+        stack = Lowered(stack, record["level"])
+        undo.append(partial(_raised, level=record["level"]))
+    before = stack.shape[0]
+    if parts.mend:
+        stack = _without_idle(stack, parts, undo, say)
+    record["idle_frames"] = before - stack.shape[0]
+    noise = estimate_noise(stack) if parts.mend else None
+    record["filled_borders"] = record["spikes"] = 0
+    if noise is not None:
+        stack, record["filled_borders"] = _without_borders(stack, noise, undo, say)
+        stack, record["spikes"] = _without_spikes(stack, noise, say)
+    light = None
+    if parts.stimulus_light:
+        stack, light = _without_light(stack, undo, say)
+    record["stimulus_light"] = (
+        None if light is None else {"frames": int(light.any(1).sum()), "largest": float(light.max())}
+    )
+    return SetAside(stack, light, record, tuple(undo))
+
+
+def _raised(frames: _Frames, level: float) -> _Frames:
+    return (np.add(frame, level, dtype=np.float64) for frame in frames)
+
+
+def _without_idle(stack: Any, parts: InferenceConfig, undo: list[_PutBack], say: Say) -> Any:
+    """Leave frames out that are blank, dark or repeat the one before."""
+    shown = idle_frames.frames_shown(stack)
+    others = idle_frames.without_idle(stack, shown)
+    # Of planes in turns one may be blank: without it the others would be out of turn.
+    if others is stack or others.shape[0] < 2 or find_planes(stack, parts.planes) is not None:
+        return stack
+    blank, idle = int((shown < 0).sum()), len(shown) - others.shape[0]
+    say(f"{blank} frames are blank or dark, {idle - blank} repeat the one before: they are put back as they were")
+    undo.append(partial(idle_frames.put_back, stack=stack, shown=shown))
+    return others
+
+
+def _without_borders(stack: Any, noise: NoiseEstimate, undo: list[_PutBack], say: Say) -> tuple[Any, int]:
+    """Replace what registration has filled; in how many frames."""
+    stack = borders.without_borders(stack, noise)
+    if not isinstance(stack, borders.WithoutBorders):
+        return stack, 0
+    widest = ", ".join(map(str, stack.borders.widths.max(0)))
+    say(
+        f"registration has left borders of {stack.borders.fill:g}, up to {widest} pixels wide at the top, bottom, left "
+        "and right: they are put back as they were"
+    )
+    undo.append(partial(borders.put_back, borders=stack.borders))
+    return stack, int(stack.borders.widths.any(1).sum())
+
+
+def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:
+    """Replace voxels that a cosmic ray has hit, for good; how many."""
+    stack = spikes.without_spikes(stack, noise)
+    count = len(stack.values) if isinstance(stack, spikes.WithoutSpikes) else 0
+    if count:
+        say(f"{count} voxels are far brighter than all around, as if hit by a cosmic ray: they are replaced")
+    return stack, count
+
+
+def _without_light(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, np.ndarray | None]:
+    """Take the light of a stimulus away; how much, (T, H)."""
+    stack, light = stimulus_light.take_light_away(stack)
+    if light is not None:
+        say(
+            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by "
+            "a stimulus: that light is taken away before denoising and put back afterwards"
+        )
+        undo.append(partial(stimulus_light.put_back, light=light))
+    return stack, light
