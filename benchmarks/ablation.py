@@ -110,7 +110,7 @@ def ablation(
         if any(word in label for word in without):
             continue
         chosen = _settings(change, iterations)
-        with patch("restormer3d.courses.as_varied", _unchanged) if label == _NOT_RAISED else nullcontext():
+        with patch("restormer3d.activity.courses.as_varied", _unchanged) if label == _NOT_RAISED else nullcontext():
             cells = [_cell(scene, level, chosen, network, label == _NOT_RAISED, folder) for level in levels]
         lines.append(f"| {label} | " + " | ".join(_text(cell) for cell in cells) + " |")
         print(lines[-1], file=sys.stderr, flush=True)

@@ -8,16 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import activity_scenes
-from restormer3d.activity_scenes import (
-    CourseScene,
-    FootprintScene,
-    load_scene,
-    prepare_scenes,
-    simulated_courses,
-    simulated_footprints,
-)
-from restormer3d.activity_training import draw_batch, pretrain_activity, validate_activity, with_other_noise
 from restormer3d.checkpoint import (
     CheckpointError,
     load_unet,
@@ -25,6 +15,21 @@ from restormer3d.checkpoint import (
     small_network,
 )
 from restormer3d.cli import app
+from restormer3d.small_networks import activity_scenes
+from restormer3d.small_networks.activity_scenes import (
+    CourseScene,
+    FootprintScene,
+    load_scene,
+    prepare_scenes,
+    simulated_courses,
+    simulated_footprints,
+)
+from restormer3d.small_networks.activity_training import (
+    draw_batch,
+    pretrain_activity,
+    validate_activity,
+    with_other_noise,
+)
 from restormer3d.unets import CourseNetwork, FootprintNetwork
 
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import components
+from restormer3d.activity import components
+from restormer3d.activity.components import LEAST_FRAMES, AddedNoise, refine_by_components
 from restormer3d.arithmetic import torch_device
 from restormer3d.baselines import gaussian_frames
-from restormer3d.components import LEAST_FRAMES, AddedNoise, refine_by_components
 from restormer3d.denoising import start_denoising
 from restormer3d.progress import silent
 from restormer3d.settings import settings

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import components
-from restormer3d.arithmetic import float32_products
-from restormer3d.baselines import gaussian_frames
-from restormer3d.checkpoint import small_network
-from restormer3d.courses import (
+from restormer3d.activity import components
+from restormer3d.activity.courses import (
     apply_network,
     as_varied,
     course_noise,
@@ -22,9 +19,12 @@ from restormer3d.courses import (
     strength_of,
     weights_of_others,
 )
+from restormer3d.activity.fields import FIELD_FRAMES
+from restormer3d.activity.principal import leading_components
+from restormer3d.arithmetic import float32_products
+from restormer3d.baselines import gaussian_frames
+from restormer3d.checkpoint import small_network
 from restormer3d.denoising import start_denoising
-from restormer3d.fields import FIELD_FRAMES
-from restormer3d.principal import leading_components
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene

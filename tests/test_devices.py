@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import components, fitting, mixture, static_image
+from restormer3d import fitting, mixture, static_image
+from restormer3d.activity import components
 from restormer3d.arithmetic import float64_device, forced_engine
 from restormer3d.config import ModelConfig
 from restormer3d.denoising import start_denoising

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import fields
-from restormer3d.fields import change_fields, least_deviation, misfit, trust
+from restormer3d.activity import fields
+from restormer3d.activity.fields import change_fields, least_deviation, misfit, trust
 
 
 def stacks(shape, seed=0):

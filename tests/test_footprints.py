@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from restormer3d.activity.fields import FIELD_FRAMES
+from restormer3d.activity.footprints import denoise_footprints, lag_one, noise_excess, take_apart
 from restormer3d.arithmetic import float32_products
 from restormer3d.baselines import gaussian_frames
 from restormer3d.checkpoint import small_network
 from restormer3d.denoising import start_denoising
-from restormer3d.fields import FIELD_FRAMES
-from restormer3d.footprints import denoise_footprints, lag_one, noise_excess, take_apart
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene

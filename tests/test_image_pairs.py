@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import image_pairs
-from restormer3d.image_pairs import Pairs, draw_pairs, numbered_batch
 from restormer3d.noise import NoiseEstimate
 from restormer3d.simulation import random_texture
 from restormer3d.simulation.images import draw_image, images_ahead
+from restormer3d.small_networks import image_pairs
+from restormer3d.small_networks.image_pairs import Pairs, draw_pairs, numbered_batch
 from restormer3d.static_image import stabilized
 
 

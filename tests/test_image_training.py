@@ -8,10 +8,10 @@ import multiprocessing
 import pytest
 import torch
 
-from restormer3d import image_pairs, image_training
 from restormer3d.checkpoint import CheckpointError, load_unet
 from restormer3d.cli import app
-from restormer3d.image_training import pretrain_image
+from restormer3d.small_networks import image_pairs, image_training
+from restormer3d.small_networks.image_training import pretrain_image
 from restormer3d.unets import ImageNetwork
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from restormer3d.principal import leading_components
+from restormer3d.activity.principal import leading_components
 
 
 def test_leading_components_are_those_of_the_whole_decomposition():

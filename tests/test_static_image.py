@@ -103,7 +103,7 @@ def test_only_the_static_part_of_a_stack_changes(scene, monkeypatch):
     truth = scene[:].mean(0)
     assert error(out.mean(0), truth) < 0.95 * error(without.mean(0), truth)
 
-    monkeypatch.setattr("restormer3d.components._CHUNK_VOXELS", 40 * 64 * 64)  # too long to be held
+    monkeypatch.setattr("restormer3d.activity.components._CHUNK_VOXELS", 40 * 64 * 64)  # too long to be held
     long = denoised()
     assert error(long.mean(0), truth) < 0.97 * error(denoised(static_image=False).mean(0), truth)
 

@@ -174,12 +174,13 @@ class InferenceConfig(_Config):
         windows as any other; else the first begins with the stack and the last ends with it.
     components : bool
         Whether denoised blocks are reduced to the spatial components that stand out of noise (see
-        `components.refine_by_components`); costs a second pass over the stack.
+        `activity.components.refine_by_components`); costs a second pass over the stack.
     footprints : bool
         Whether the spatial footprints of the strongest components are then denoised as images (see
-        `footprints.denoise_footprints`); only with `components`.
+        `activity.footprints.denoise_footprints`); only with `components`.
     courses : bool
-        Whether their courses in time are then denoised (see `courses.denoise_courses`); only with `components`.
+        Whether their courses in time are then denoised (see `activity.courses.denoise_courses`); only with
+        `components`.
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but what `mend` and
         `stimulus_light` do (see `artefacts.planes.find_planes`). "auto" looks how many there are.

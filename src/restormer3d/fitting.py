@@ -13,12 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from restormer3d.arithmetic import float64_device, usable
-from restormer3d.artefacts.planes import WithoutPlanes, differences_of, put_back
-from restormer3d.artefacts.stimulus_light import Steadied
-from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.checkpoint import small_network
-from restormer3d.components import (
+from restormer3d.activity.components import (
     LEAST_FRAMES,
     AddedNoise,
     Step,
@@ -26,10 +21,15 @@ from restormer3d.components import (
     is_held,
     refine_by_components,
 )
+from restormer3d.activity.courses import denoise_courses
+from restormer3d.activity.fields import FIELD_FRAMES
+from restormer3d.activity.footprints import denoise_footprints
+from restormer3d.arithmetic import float64_device, usable
+from restormer3d.artefacts.planes import WithoutPlanes, differences_of, put_back
+from restormer3d.artefacts.stimulus_light import Steadied
+from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
+from restormer3d.checkpoint import small_network
 from restormer3d.config import Method, Precision
-from restormer3d.courses import denoise_courses
-from restormer3d.fields import FIELD_FRAMES
-from restormer3d.footprints import denoise_footprints
 from restormer3d.inference import denoise_frames, window_size
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D

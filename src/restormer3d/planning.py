@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
+from restormer3d.activity.components import CHUNK_OVERLAP, chunk_frames, is_held
+from restormer3d.activity.fields import FIELD_FRAMES
 from restormer3d.arithmetic import autocast, float32_products, usable
-from restormer3d.components import CHUNK_OVERLAP, chunk_frames, is_held
 from restormer3d.config import InferenceConfig, Precision, TrainingConfig
-from restormer3d.fields import FIELD_FRAMES
 from restormer3d.inference import count_windows, window_size, windows_per_pass
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack

@@ -11,8 +11,8 @@ import copy
 import numpy as np
 import torch
 
+from restormer3d.activity.fields import trust
 from restormer3d.arithmetic import float64_device
-from restormer3d.fields import trust
 from restormer3d.filters import smooth_plane
 from restormer3d.noise import NoiseEstimate
 from restormer3d.unets import ImageNetwork, denoise_image, lag_one

@@ -151,7 +151,8 @@ class CourseNetwork(UNet):
         strength : Tensor
             Norm over all courses of a field, in deviations of each one's noise, (fields, courses, T).
         weights : Tensor
-            Of the other courses in an estimate of each, (fields, courses, courses); see `courses.weights_of_others`.
+            Of the other courses in an estimate of each, (fields, courses, courses); see
+            `activity.courses.weights_of_others`.
         """
         left = noisy - denoised
         fields = torch.stack([left, denoised, strength, weights @ left, torch.ones_like(left)], 2)

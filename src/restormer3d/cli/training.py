@@ -158,7 +158,7 @@ def pretrain_image(
         Go on with the run in the output folder: on the CPU, without workers and --seconds, the result is that of an
         uninterrupted run.
     """
-    from restormer3d.image_training import pretrain_image
+    from restormer3d.small_networks.image_training import pretrain_image
 
     set_threads(threads)
     with progress_bars() as progress:
@@ -232,7 +232,7 @@ def pretrain_activity(
         Go on with the run in the output folder: on the CPU and without --seconds, the result is that of an
         uninterrupted run.
     """
-    from restormer3d.activity_training import pretrain_activity
+    from restormer3d.small_networks.activity_training import pretrain_activity
 
     set_threads(threads)
     with progress_bars() as progress:

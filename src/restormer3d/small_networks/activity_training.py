@@ -14,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restormer3d import courses, footprints
-from restormer3d.activity_scenes import (
+from restormer3d.activity import courses, footprints
+from restormer3d.activity.footprints import Footprints
+from restormer3d.arithmetic import autocast, torch_device
+from restormer3d.checkpoint import COURSE_WEIGHTS, FOOTPRINT_WEIGHTS
+from restormer3d.config import Precision
+from restormer3d.progress import Progress
+from restormer3d.small_networks.activity_scenes import (
     CourseScene,
     FootprintScene,
     Scene,
@@ -24,12 +29,7 @@ from restormer3d.activity_scenes import (
     simulated_courses,
     simulated_footprints,
 )
-from restormer3d.arithmetic import autocast, torch_device
-from restormer3d.checkpoint import COURSE_WEIGHTS, FOOTPRINT_WEIGHTS
-from restormer3d.config import Precision
-from restormer3d.footprints import Footprints
-from restormer3d.progress import Progress
-from restormer3d.unet_training import check_run, train_unet
+from restormer3d.small_networks.unet_training import check_run, train_unet
 from restormer3d.unets import CourseNetwork, FootprintNetwork, UNet
 
 _CLIP = 0.5

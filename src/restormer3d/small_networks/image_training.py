@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from restormer3d import image_pairs
 from restormer3d.arithmetic import float32_products, torch_device
 from restormer3d.checkpoint import IMAGE_WEIGHTS
-from restormer3d.image_pairs import Pairs, numbered_batch, pooled_batches
 from restormer3d.progress import Progress
 from restormer3d.simulation.images import images_ahead
-from restormer3d.unet_training import check_run, train_unet
+from restormer3d.small_networks import image_pairs
+from restormer3d.small_networks.image_pairs import Pairs, numbered_batch, pooled_batches
+from restormer3d.small_networks.unet_training import check_run, train_unet
 from restormer3d.unets import ImageNetwork
 
 _CLIP = 0.1

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restormer3d import footprints
+from restormer3d.activity import footprints
+from restormer3d.activity.components import AddedNoise
+from restormer3d.activity.courses import course_noise, sparse_footprints, strength_of
+from restormer3d.activity.fields import SIDE, least_deviation
+from restormer3d.activity.footprints import take_apart
 from restormer3d.checkpoint import CheckpointError, load_state, save_state, small_network
-from restormer3d.components import AddedNoise
-from restormer3d.courses import course_noise, sparse_footprints, strength_of
 from restormer3d.denoising import start_denoising
-from restormer3d.fields import SIDE, least_deviation
-from restormer3d.footprints import take_apart
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.patches import measured_stack
 from restormer3d.processes import process_pool

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from restormer3d.activity.principal import leading_components
 from restormer3d.arithmetic import float64_device
 from restormer3d.filters import gaussian_matrix
-from restormer3d.principal import leading_components
 from restormer3d.threads import thread_count
 from restormer3d.tiling import hann_weights, window_starts
 from restormer3d.views import ChangedStack

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from restormer3d.activity.fields import MOST, Fields, change_fields, misfit, trust
+from restormer3d.activity.principal import leading_components
 from restormer3d.arithmetic import float32_products
-from restormer3d.fields import MOST, Fields, change_fields, misfit, trust
-from restormer3d.principal import leading_components
 from restormer3d.unets import FootprintNetwork, lag_one
 
 _TOGETHER = 48  # footprints that the network denoises at a time: two fields

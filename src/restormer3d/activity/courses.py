@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from restormer3d.activity.fields import MOST, Fields, change_fields, misfit, trust
+from restormer3d.activity.principal import leading_components
 from restormer3d.arithmetic import float32_products
-from restormer3d.fields import MOST, Fields, change_fields, misfit, trust
-from restormer3d.principal import leading_components
 from restormer3d.unets import CourseNetwork
 
 _LONG_STACKS = 48  # courses of a field at most, in stacks of so many frames for each:
