@@ -114,7 +114,7 @@ def _registered(s: _Trial) -> _Recording:
 
 def _interpolated(s: _Trial) -> _Recording:
     shifts = s.rng.uniform(-0.5, 0.5, (s.shape[0], 2))
-    recorded = s.recorded(s.clean)
+    recorded = s.recorded(s.moved(-shifts))
     return s.clean, np.stack([shift(x, by, order=1, mode="nearest") for x, by in zip(recorded, shifts, strict=True)])
 
 
@@ -137,9 +137,10 @@ def _averaged(s: _Trial) -> _Recording:
 
 
 def _one_axis(s: _Trial) -> _Recording:
-    recorded = s.recorded(s.clean)
-    recorded[:, :, 1:] = 0.7 * recorded[:, :, 1:] + 0.3 * recorded[:, :, :-1]
-    return s.clean, recorded
+    def smeared(frames: np.ndarray) -> np.ndarray:
+        return np.concatenate([frames[:, :, :1], 0.7 * frames[:, :, 1:] + 0.3 * frames[:, :, :-1]], 2)
+
+    return smeared(s.clean), smeared(s.recorded(s.clean))
 
 
 def _hot(s: _Trial) -> _Recording:

@@ -111,6 +111,8 @@ def _real_cell(job: dict[str, Any], method: Method, workspace: Path, _: Path) ->
     with open_stack(job["path"]) as stack:
         recording = stack[tuple(slice(*span) for span in job["crop"]) or slice(None)]
     cell: dict[str, Any] = {"noise": _noise(recording)} if job["method"] == "raw" else {}
+    found = find_planes(recording)
+    planes = 1 if found is None else found.count  # as `evaluate --real`: every other turn is held out
 
     def run(name: str, frames: np.ndarray) -> Iterator[np.ndarray]:
         source, output = workspace / f"{name}.tif", workspace / f"{name}_denoised.tif"
@@ -120,15 +122,15 @@ def _real_cell(job: dict[str, Any], method: Method, workspace: Path, _: Path) ->
             yield from (denoised[t] for t in range(denoised.shape[0]))
 
     def held_out(frames: Iterable[np.ndarray]) -> float:
-        return -held_out_frame_error(recording, lambda _: frames).mse
+        return -held_out_frame_error(recording, lambda _: frames, planes).mse
 
-    score = held_out_frame_error(recording, lambda even: run("even", even[:]))
+    score = held_out_frame_error(recording, lambda even: run("even", even[:]), planes)
     cell["held_out"] = {name: getattr(score, name) for name in ("mse", "standard_error", "noise_variance")}
     cell["held_out"]["per_frame"] = score.per_frame.tolist()
     if not method.oracle and job["method"] != "raw":
         denoised = np.stack(list(run("whole", recording)))
         cell["residual"] = residual_whiteness(recording, denoised)
-        cell["photon_transfer"] = photon_transfer(of_one_image(denoised, find_planes(recording)))
+        cell["photon_transfer"] = photon_transfer(of_one_image(denoised, found))
     return cell
 
 

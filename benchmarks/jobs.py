@@ -89,6 +89,7 @@ def real_job(row: dict[str, Any], text: str) -> dict[str, Any]:
     crop = [int(part) for part in (match["crop"] or "").split(":")[1:]]
     spans = [slice(*crop[axis : axis + 2]) for axis in range(0, len(crop), 2)]
     job = {"kind": "real", "recording": path.name, "crop": [[span.start, span.stop] for span in spans]}
+    job["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()  # two labs may have files of one name
     return row | job | {"path": str(path.resolve())}
 
 
@@ -147,5 +148,5 @@ def _peer(options: Options) -> dict[str, Any]:
     return {
         "label": f"peer: `{shown}`",
         "arguments": {"command": options.peer_command},
-        "settings": {"command": shown},
+        "settings": {"command": shown, "sha256": hashlib.sha256(options.peer_command.encode()).hexdigest()},
     }

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,26 @@ from typing import Any, Literal
 
 import numpy as np
 
-from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
+from restormer3d.artefacts.planes import WithoutPlanes, differences_of, find_planes, plane_images, put_back
+from restormer3d.artefacts.set_aside import set_aside
+from restormer3d.baselines import (
+    SIGMAS_T,
+    SIGMAS_XY,
+    choose_gaussian,
+    decomposed,
+    gaussian_frames,
+    put_together,
+    svd_frames,
+    temporal_mean_frames,
+)
+from restormer3d.config import recipe
 from restormer3d.stacks import open_stack, write_stack
 
-GAUSSIAN_GRID = {"sigma_t": (1, 2, 3, 5, 8, 12, 20, 30, 45), "sigma_xy": (0, 0.5, 0.8, 1, 1.3, 1.8, 2.5, 3.5, 5)}
-SVD_GRID = {"sigma_t": (1, 2, 4, 8, 16), "sigma_xy": (0, 0.5, 0.8, 1.2, 1.8, 2.5)}
+GAUSSIAN_GRID = {  # with all that the choice by held-out frames has
+    "sigma_t": tuple(sorted({*SIGMAS_T, 5.0, 8.0, 12.0, 45.0})),
+    "sigma_xy": tuple(sorted({*SIGMAS_XY, 1.3, 1.8, 2.5, 3.5, 5.0, 7.0})),
+}
+SVD_GRID = {"sigma_t": (0, 0.5, 1, 2, 4, 8, 16), "sigma_xy": (0, 0.5, 0.8, 1.2, 1.8, 2.5, 3.5, 5)}
 _RECORDED = ("settings", "weights", "device", "engine", "threads", "blind_spot", "seconds", "iterations", "held_out")
 
 Score = Callable[[Iterable[np.ndarray]], float]
@@ -56,7 +72,7 @@ def temporal_mean(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> di
 
 def gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
     """Filter with the widths that predict held-out frames best: what `--method gaussian` does."""
-    with open_stack(noisy) as stack:
+    with _seen_by_filters(noisy) as (stack, _):
         sigma_t, sigma_xy = choose_gaussian(stack, around_mean=True)
     _filter(noisy, output, partial(gaussian_frames, sigma_t=sigma_t, sigma_xy=sigma_xy, around_mean=True))
     return {"sigma_t": sigma_t, "sigma_xy": sigma_xy}
@@ -67,11 +83,11 @@ def gaussian_oracle(
 ) -> dict[str, Any]:
     """Filter with the grid point of the best score."""
     scores = {}
-    with open_stack(noisy) as stack:
+    with _seen_by_filters(noisy) as (stack, as_recorded):
         for sigma_xy in GAUSSIAN_GRID["sigma_xy"]:
             blurred = np.stack(list(gaussian_frames(stack, 0, sigma_xy, around_mean=around_mean)))
             for sigma_t in GAUSSIAN_GRID["sigma_t"]:
-                scores[sigma_t, sigma_xy] = score(gaussian_frames(blurred, sigma_t, 0))
+                scores[sigma_t, sigma_xy] = score(as_recorded(gaussian_frames(blurred, sigma_t, 0)))
     return _filter_best(
         noisy, output, scores, lambda t, xy: partial(gaussian_frames, sigma_t=t, sigma_xy=xy, around_mean=around_mean)
     )
@@ -88,13 +104,15 @@ def svd_gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dic
 
 
 def svd_gaussian_oracle(noisy: Path, output: Path, _: dict[str, Any], score: Score) -> dict[str, Any]:
-    """Decompose and smooth by the grid point of the best score."""
-    with open_stack(noisy) as stack:
-        scores = {
-            (sigma_t, sigma_xy): score(svd_frames(stack, sigma_t=sigma_t, sigma_xy=sigma_xy))
-            for sigma_t in SVD_GRID["sigma_t"]
-            for sigma_xy in SVD_GRID["sigma_xy"]
-        }
+    """Decompose, and smooth by the grid point of the best score; without a width, shrink."""
+    scores = {}
+    with _seen_by_filters(noisy) as (stack, as_recorded):
+        frames = stack[:]
+        parts = {shrink: decomposed(frames, shrink=shrink) for shrink in (False, True)}
+        for sigma_t in SVD_GRID["sigma_t"]:
+            for sigma_xy in SVD_GRID["sigma_xy"]:
+                denoised = put_together(parts[not (sigma_t or sigma_xy)], sigma_t, sigma_xy)
+                scores[sigma_t, sigma_xy] = score(as_recorded(iter(denoised)))
     return _filter_best(noisy, output, scores, lambda t, xy: partial(svd_frames, sigma_t=t, sigma_xy=xy))
 
 
@@ -143,6 +161,7 @@ METHODS = {
     "svd": Method("SVD, shrunk, not smoothed", svd),
     "svd-gaussian": Method("SVD + small Gaussian (`--method svd`)", svd_gaussian),
     "svd-gaussian-oracle": Method("SVD + Gaussian", svd_gaussian_oracle, oracle="stsnr", grid=SVD_GRID),
+    "svd-gaussian-activity-oracle": Method("SVD + Gaussian", svd_gaussian_oracle, oracle="activity_snr", grid=SVD_GRID),
     "peer": Method("peer", peer, "peer"),
     "published-scratch": Method(
         "Restormer3D, published recipe, from scratch",
@@ -180,9 +199,27 @@ METHODS = {
 
 
 def _filter(noisy: Path, output: Path, frames_of: Callable[[Any], Iterator[np.ndarray]]) -> dict[str, Any]:
-    with open_stack(noisy) as stack:
-        write_stack(output, frames_of(stack), shape=stack.shape, dtype=stack.dtype)
+    with open_stack(noisy) as recorded, _seen_by_filters(noisy) as (stack, as_recorded):
+        write_stack(output, as_recorded(frames_of(stack)), shape=recorded.shape, dtype=recorded.dtype)
     return {}
+
+
+@contextmanager
+def _seen_by_filters(noisy: Path) -> Iterator[tuple[Any, Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]]]:
+    """Give a stack as the command gives it to filters and networks alike, and what puts the rest back.
+
+    Nothing is set aside of a simulated recording. Planes of different activity, which the command denoises one by one,
+    stay together here.
+    """
+    *_, parts = recipe("default", pretrained=True)
+    with open_stack(noisy) as recorded:
+        aside = set_aside(recorded, parts)
+        planes = find_planes(aside.stack, parts.planes)
+        if planes is None or not planes.shared:
+            yield aside.stack, aside.put_back
+            return
+        apart = differences_of(plane_images(aside.stack, planes.count))
+        yield WithoutPlanes(aside.stack, apart), lambda frames: aside.put_back(put_back(frames, apart))
 
 
 def _filter_best(

@@ -28,7 +28,13 @@ BEGIN = "<!-- simulators table: begin (written by benchmarks.other_simulators --
 END = "<!-- simulators table: end -->"
 PHOTONS = {1: 20.0, 2: 4.0, 3: 1.0}
 """Of a voxel in the mean, by noise level."""
-FILTERS = ("gaussian-oracle", "gaussian-activity-oracle", "mean-gaussian-oracle", "svd-gaussian-oracle")
+FILTERS = (
+    "gaussian-oracle",
+    "gaussian-activity-oracle",
+    "mean-gaussian-oracle",
+    "svd-gaussian-oracle",
+    "svd-gaussian-activity-oracle",
+)
 
 app = App(name="python -m benchmarks.other_simulators", help_format="plaintext")
 _Many = Parameter(consume_multiple=True, negative="")

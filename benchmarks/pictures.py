@@ -28,6 +28,9 @@ def draw_level(cells: dict[str, Path], target: Path, level: int) -> None:
     from PIL import Image
 
     pictures: dict[str, Any] = {label: np.load(path) for label, path in cells.items() if path.exists()}
+    if not pictures:
+        print(f"{target.name}: not drawn, for no cell of level {level} left a picture", file=sys.stderr)
+        return
     first = list(pictures.values())[-1]
     rows = {"clean": (first["clean_frame"], first["clean_traces"])}
     for label, picture in pictures.items():

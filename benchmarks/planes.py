@@ -84,6 +84,7 @@ def _rows(count: int, iterations: int) -> dict[str, Callable[[Any], Iterable[np.
     for method, name in names.items():
         rows[f"{name}, of all frames"] = partial(_denoised, chosen=one, method=method)
         rows[f"{name}, of each plane"] = partial(_each_plane, chosen=one, method=method, count=count)
+        rows[f"{name} (`--planes {count}`)"] = partial(_denoised, chosen=several, method=method)
     rows["Restormer3D, default, as one stack (`--planes 1`)"] = partial(_denoised, chosen=one)
     rows["Restormer3D, default, each plane as a stack of its own"] = partial(_each_plane, chosen=one, count=count)
     rows[f"**Restormer3D, default** (`--planes {count}`)"] = partial(_denoised, chosen=several)

@@ -19,6 +19,7 @@ from cyclopts import App, Parameter
 
 from benchmarks.cells import ROOT, write_json
 from benchmarks.jobs import Options, cell_file, real_job, rows, run_app, scene_jobs, without_folders
+from benchmarks.methods import METHODS
 from benchmarks.pictures import draw_level
 from benchmarks.tables import markdown, put_between, row_label
 
@@ -109,7 +110,8 @@ def quality(
             return _quick(Path(temporary))
     chosen = rows(methods, options)
     jobs = [job for row in chosen for job in scene_jobs(row, shape, scenes, levels)]
-    jobs += [real_job(row, text) for row in chosen if row["method"] != "gaussian-activity-oracle" for text in real]
+    with_score = [row for row in chosen if METHODS[row["method"]].oracle != "activity_snr"]  # frames have one score
+    jobs += [real_job(row, text) for row in with_score for text in real]
     return fill_table(jobs, folder, write)
 
 

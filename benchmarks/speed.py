@@ -198,7 +198,7 @@ def inference_pass(model: nn.Module, x: Tensor, *, recorded: bool = False) -> Ca
 
 
 def agreement(variants: dict[str, nn.Module], patch: tuple[int, ...], device: torch.device) -> float:
-    """Return the largest relative difference of all parameter gradients from those of stock."""
+    """Return the largest relative difference from stock of the gradients of all parameters together, as one vector."""
 
     def gradients(model: nn.Module) -> Tensor:
         model.zero_grad()

@@ -102,8 +102,10 @@ def _by_method(cells: list[Cell], value: Callable[[Cell], float | None]) -> dict
 
 
 def _best(values: dict[str, dict[int, float]]) -> str | None:
-    """The filter with the best mean over the scenes; None without filters."""
-    means = {name: float(np.mean(list(own.values()))) for name, own in values.items() if _is_filter(name)}
+    """The filter with the best mean over the scenes, of those that have all of them; None without filters."""
+    most = max(map(len, values.values()), default=0)
+    complete = {name: own for name, own in values.items() if _is_filter(name) and len(own) == most}
+    means = {name: float(np.mean(list(own.values()))) for name, own in complete.items()}
     means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
     return max(means, key=lambda name: means[name]) if means else None
 
@@ -219,7 +221,7 @@ def _network_table(cells: list[Cell]) -> str:
         training = [entry["settings"]["training"] for entry in done]
         columns = [
             own[0]["label"],
-            _all(map(_iterations, done)),
+            ", ".join(map(_iterations, done)),
             _all(" x ".join(map(str, entry["patch"])) for entry in training),
             _all(entry["batch_size"] for entry in training),
             _all(entry["weights"]["sha256"][:12] if entry["weights"] else "random" for entry in done),

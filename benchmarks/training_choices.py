@@ -193,7 +193,7 @@ def _some_iterations(noisy: np.ndarray, choice: Choice, dim: int) -> Callable[[]
 def _cell(scene: Any, noisy: np.ndarray, choice: Choice, setting: tuple[Any, ...], folder: Path) -> dict[str, Any]:
     """Train and score, unless that was done before."""
     *_, iterations, dim, seed = setting
-    text = json.dumps([repr(choice), *setting])
+    text = json.dumps([repr(choice), *setting, _SEED, _RATE, _WIDTH, _FRAMES])
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if path.exists():
         return json.loads(path.read_text())

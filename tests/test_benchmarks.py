@@ -308,7 +308,7 @@ def test_the_planes_table_holds_out_whole_turns(tmp_path, monkeypatch):
     noise[1::2, ::2] += 50
     tifffile.imwrite(tmp_path / "two.tif", noise)
     every = planes._rows(2, 0)
-    assert len(every) == 7
+    assert len(every) == 9
     rows = {label: denoise for label, denoise in every.items() if label.startswith("Gaussian")}
     monkeypatch.setattr(planes, "_rows", lambda count, iterations: rows)
     page = tmp_path / "page.md"

@@ -7,6 +7,7 @@ import pytest
 import tifffile
 
 from restormer3d.artefacts.idle_frames import frames_shown, put_back, without_idle
+from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.denoising import array_and_record
 from restormer3d.inspection import describe, inspect
 from restormer3d.noise import estimate_noise
@@ -94,8 +95,8 @@ def test_other_frames_are_denoised_as_if_idle_ones_were_not_there(recording, met
 def test_the_published_recipe_takes_all_frames(recording):
     stack = recording[:20].copy()
     stack[5] = 0
-    chosen = settings("published", iterations=1, patch=(16, 32, 32))
-    assert array_and_record(stack, chosen)[1]["idle_frames"] == 0
+    assert set_aside(stack, settings("published").inference).stack is stack
+    assert set_aside(stack, settings().inference).record["idle_frames"] == 1
 
 
 def test_inspect_counts_them_and_measures_the_others(recording, tmp_path):

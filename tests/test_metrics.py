@@ -212,6 +212,15 @@ def test_slower_transients_show_as_longer_rise_and_decay() -> None:
     assert smoothed["event_rise_bias_s"] > 0.02
 
 
+@pytest.mark.parametrize("rise", [1, 2])
+def test_the_peak_of_a_fast_event_counts(rise: int) -> None:
+    clean = transients(rise=rise)
+    cut = clean.copy()
+    for onset, peak, _ in find_events(clean):
+        cut[peak] = cut[onset]
+    assert evaluate_events(clean[None], cut[None], 30.0)["event_amplitude_bias"] < -0.2
+
+
 def test_noise_hardly_biases_the_amplitude() -> None:
     clean = np.repeat(transients()[None], 60, axis=0)
     noisy = clean + np.random.default_rng(0).normal(0, 15, clean.shape)

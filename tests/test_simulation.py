@@ -241,6 +241,13 @@ def test_scenes_without_cells_and_of_one_pixel_can_be_drawn() -> None:
     assert np.all(np.isfinite(simulate_scene((1, 1, 1), seed=0)[:]))
 
 
+@pytest.mark.parametrize("seed", [0, 1, 4])
+@pytest.mark.parametrize("motion_px", [0.0, 1.0])
+def test_the_field_has_the_brightness_that_was_asked_for(seed: int, motion_px: float) -> None:
+    scene = simulate_scene((48, 64, 64), seed=seed, motion_px=motion_px)
+    assert scene[:].mean() == pytest.approx(scene.parameters.mean_adu, rel=0.03)
+
+
 def test_random_parameters_give_usable_recordings_of_many_kinds() -> None:
     rng = np.random.default_rng(0)
     gains, rates = [], []

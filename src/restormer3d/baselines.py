@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from restormer3d.noise import usual_variance
 from restormer3d.normalization import temporal_mean
-from restormer3d.progress import Progress
+from restormer3d.progress import Progress, silent
 from restormer3d.tiling import hann_weights, window_starts
 
 SIGMAS_T = (0.5, 1.0, 2.0, 3.0, 4.5, 7.0, 10.0, 14.0, 20.0, 30.0)
@@ -163,7 +163,12 @@ def svd_frames(
             if progress is not None:
                 progress("svd", number * total + done, len(starts) * total)
 
-        denoised = _svd_block(stack[start : start + count], _SVD_SIDE, (sigma_t, sigma_xy), report)
+        noisy = stack[start : start + count]
+        if len(noisy) < 2:
+            denoised = np.asarray(noisy, np.float32)
+        else:
+            parts = decomposed(noisy, shrink=not (sigma_t or sigma_xy), report=report)
+            denoised = put_together(parts, sigma_t, sigma_xy)
         fade = ((np.arange(len(tail), dtype=np.float32) + 0.5) / max(1, len(tail)))[:, None, None]
         denoised[: len(tail)] = fade * denoised[: len(tail)] + (1 - fade) * tail
         stop = starts[number + 1] - start if number + 1 < len(starts) else count
@@ -171,33 +176,59 @@ def svd_frames(
         yield from (frame.copy() for frame in denoised[:stop])
 
 
-def _svd_block(
-    noisy: np.ndarray, side: int, sigmas: tuple[float, float], report: Callable[[int, int], None]
-) -> np.ndarray:
-    """Denoise (T, H, W) that fits into memory."""
+class Decomposed(NamedTuple):
+    """A stack (T, H, W) as components of overlapping blocks, not smoothed yet.
+
+    Attributes
+    ----------
+    mean, deviation : numpy.ndarray
+        Temporal mean, and deviation of each pixel's noise, (H, W).
+    crops : list of tuple of slice
+        Rows and columns of each block.
+    components : list of tuple of numpy.ndarray
+        Of each block, time courses (T, k) and images (k, pixels), in deviations of the noise.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    crops: list[Any]
+    components: list[tuple[np.ndarray, np.ndarray]]
+
+
+def decomposed(noisy: np.ndarray, *, shrink: bool, report: Callable[[int, int], None] = silent) -> Decomposed:
+    """Decompose frames (T, H, W), at least two, that fit into memory, as :func:`svd_frames` does.
+
+    `shrink` says whether singular values are shrunk; `report` is called with (blocks done, blocks in all).
+    """
     length, height, width = noisy.shape
     mean = temporal_mean(noisy)
-    denoised = np.zeros(noisy.shape, dtype=np.float32)
-    if length < 2:
-        return denoised + mean
     steps = (np.square(later.astype(np.float64) - earlier) for earlier, later in pairwise(noisy))
     deviation = np.sqrt(usual_variance(mean, sum(steps) / (2 * length - 2), length - 1)).astype(np.float32)
-    rows, columns = min(side, height), min(side, width)
+    rows, columns = min(_SVD_SIDE, height), min(_SVD_SIDE, width)
     corners = [(y, x) for y in window_starts(height, rows, 0.5) for x in window_starts(width, columns, 0.5)]
     crops = [np.s_[y : y + rows, x : x + columns] for y, x in corners]
     excess = _noise_excess(noisy, deviation, crops)
-    taper = np.outer(hann_weights(rows), hann_weights(columns))
-    weight = np.zeros((height, width), dtype=np.float32)
+    components = []
     for done, crop in enumerate(crops, start=1):
         white = (noisy[:, *crop] - mean[crop]) / deviation[crop]
-        time, space = _components(white.reshape(length, -1), excess, shrink=not any(sigmas))
-        time = _filtered(time, _kernel(sigmas[0]), axis=0)
-        images = _blurred(space.reshape(-1, rows, columns) * deviation[crop], _kernel(sigmas[1]))
+        components.append(_components(white.reshape(length, -1), excess, shrink))
+        report(done, len(crops))
+    return Decomposed(mean, deviation, crops, components)
+
+
+def put_together(parts: Decomposed, sigma_t: float, sigma_xy: float) -> np.ndarray:
+    """Smooth the components of a stack, and blend what they make of it, (T, H, W) float32."""
+    denoised = np.zeros((len(parts.components[0][0]), *parts.mean.shape), dtype=np.float32)
+    weight = np.zeros(parts.mean.shape, dtype=np.float32)
+    for crop, (time, space) in zip(parts.crops, parts.components, strict=True):
+        side = parts.deviation[crop].shape
+        taper = np.outer(*map(hann_weights, side))
+        time = _filtered(time, _kernel(sigma_t), axis=0)
+        images = _blurred(space.reshape(-1, *side) * parts.deviation[crop], _kernel(sigma_xy))
         denoised[:, *crop] += np.tensordot(time, images * taper, axes=1)
         weight[crop] += taper
-        report(done, len(crops))
     denoised /= weight
-    denoised += mean
+    denoised += parts.mean
     return denoised
 
 

@@ -78,8 +78,10 @@ def _aside(function: Callable[[], Tensor], device: torch.device) -> Tensor:
 def _recorded(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Record a function, without running it; the returned function runs it and hands out the same tensor each time."""
     graph = torch.cuda.CUDAGraph()
-    # Errors of this thread alone: the one that draws patches goes on allocating pinned memory meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # On a stream of this device: PyTorch's own is one of the device that recorded first. Errors of this thread alone:
+    # the one that draws patches goes on allocating pinned memory meanwhile.
+    stream = _side_stream(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = function()
 
     def replay() -> Tensor:

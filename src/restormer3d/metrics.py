@@ -315,7 +315,8 @@ def evaluate_events(clean_traces: np.ndarray, denoised_traces: np.ndarray, frame
         for clean, denoised in zip(clean_traces, denoised_traces, strict=True)
         for event in find_events(clean)
     ]
-    amplitude, rise, decay, other_amplitude, other_rise, other_decay = np.array(rows).reshape(-1, 6).T
+    measured = np.array(rows).reshape(-1, 6)
+    amplitude, rise, decay, other_amplitude, other_rise, other_decay = measured[measured[:, 0] > 0].T
     return {
         "events": float(len(rows)),
         "event_amplitude_bias": _median((other_amplitude - amplitude) / amplitude),
@@ -354,7 +355,8 @@ def find_events(trace: np.ndarray) -> list[tuple[int, int, int]]:
 
 def _measure_event(trace: np.ndarray, onset: int, peak: int, end: int) -> tuple[float, float, float]:
     """Amplitude, 20-80 % rise and 50 % decay (frames) of one transient; NaN for what does not cross its level."""
-    base = float(np.mean(trace[max(onset - 1, 0) : onset + 2]))
+    first = max(onset - 1, 0)
+    base = float(np.mean(trace[first : max(min(onset + 2, peak - 1), first + 1)]))  # of fast rises, less of the peak
     amplitude = float(np.mean(trace[max(peak - 1, 0) : peak + 2])) - base
     if amplitude <= 0:
         return amplitude, float("nan"), float("nan")

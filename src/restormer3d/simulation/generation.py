@@ -204,7 +204,7 @@ def set_brightness(scene: Scene, jitter: float) -> Scene:
         source_traces=scene.source_traces[:, frames],
         brightness=scene.brightness[frames],
         shape=(len(frames), *scene.shape[1:]),
-        shifts=None,
+        shifts=None if scene.shifts is None else np.zeros((len(frames), 2)),  # what lies around the field has no part
     )
     together = sample[:].astype(np.float64)
     background = replace(sample, footprints=[])[:].astype(np.float64)

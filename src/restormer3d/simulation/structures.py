@@ -114,7 +114,7 @@ def body_footprint(
 def process_footprints(
     rng: np.random.Generator, cell: CellBody, shape: tuple[int, int], source: int
 ) -> list[Footprint]:
-    """Zero to three dendrites of one cell: thin, dimmer than the body and fading with distance."""
+    """Zero to four dendrites of one cell: thin, dimmer than the body and fading with distance."""
     dendrites = []
     for _ in range(rng.integers(0, 5)):
         length = cell.radius * rng.uniform(3, 12)

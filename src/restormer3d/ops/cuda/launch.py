@@ -72,7 +72,7 @@ def depthwise(x: Tensor, taps: Tensor, *, with_squares: bool = False) -> tuple[T
             x, taps.contiguous(), out, squares, *x.shape[1:], tiling.parts, tiling.run,
             SQUARES=with_squares, **tiling.options,
         )  # fmt: skip
-    return out, squares.sum(2)
+    return out, squares.sum(2) if with_squares else squares
 
 
 def depthwise_backward(x: Tensor, grad: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
