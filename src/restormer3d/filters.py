@@ -20,6 +20,7 @@ _DETAIL_SIGMAS = (0.45, 0.8, 1.6, 3.2)  # pixels: scales into which the static i
 _BRIGHTNESS_KNOTS = (-2.0, -1.0, -0.25, 0.5, 1.25, 2.25)  # logarithm of a pixel's light over its noise
 _ACTIVITY_KNOTS = (0.1, 0.6, 1.8)  # logarithm of the energy of slow fluctuations over that of noise
 _EPS = 1e-6
+_KEPT_LENGTH = 512  # of an axis, up to which matrices of filters are kept: a megabyte each
 _LEAST_WEIGHT = 1e-12  # of a neighbor, relative to the middle
 _STRIP_VOXELS = 2**16  # of the rows of pixels that are looked at together
 
@@ -300,9 +301,10 @@ def gaussian_matrix(length: int, sigma: float, like: Tensor) -> Tensor:
     """Gaussian filter along an axis of `length` as a matrix (length, length) whose rows sum to one.
 
     At the ends the kernel is cut and renormalized. On a CPU, which would spend more time on them than on products with
-    them, matrices are kept: do not change one.
+    them, small matrices are kept: do not change one.
     """
-    return (_kept_matrix if like.device.type == "cpu" else _matrix)(length, sigma, like.device, like.dtype)
+    is_kept = like.device.type == "cpu" and length <= _KEPT_LENGTH
+    return (_kept_matrix if is_kept else _matrix)(length, sigma, like.device, like.dtype)
 
 
 def _matrix(length: int, sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """The CUDA engine: Triton kernels for convolutions, matrix products and attention.
 
 LayerNorm is folded into the matrix after it and its product, attention works on the Gram matrix of queries and keys
-and is applied to the values together with the projection. The backward passes keep the input and what the first
-1x1x1 convolution made of it, and compute the rest again. Other types than float32, autocast and second derivatives go
+and is applied to the values together with the projection. The backward passes keep the input, what the first 1x1x1
+convolution made of it and, of few channels, queries, keys and values; they compute the rest again. Other types than float32, autocast and second derivatives go
 to the reference.
 Triton's interpreter runs the same kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are tested.
 """
@@ -19,6 +19,8 @@ from restormer3d.ops import reference
 from restormer3d.ops.cuda import launch
 from restormer3d.ops.cuda.launch import outer_products, product
 from restormer3d.ops.reference import second_order
+
+_KEPT_CHANNELS = 32  # up to which queries, keys and values are kept: of more, memory would be short
 
 
 def mdta(
@@ -120,17 +122,18 @@ class _Mdta(torch.autograd.Function):
         q, k, v = mixture.flatten(2).chunk(3, dim=1)
         products = outer_products(q, k, heads=temperature.numel())
         attention, mixed = launch.attention_matrix(products, squares, temperature, project_out.flatten(1))
-        ctx.save_for_backward(*inputs, scale, hidden, products, squares, attention, mixed)
+        kept = mixture if x.shape[1] <= _KEPT_CHANNELS else mixture.new_empty(0)
+        ctx.save_for_backward(*inputs, scale, hidden, kept, products, squares, attention, mixed)
         return product(mixed, v, residual=x.flatten(2)).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, scale, hidden, products, squares, attention, mixed = ctx.saved_tensors
+        *inputs, scale, hidden, kept, products, squares, attention, mixed = ctx.saved_tensors
         if torch.is_grad_enabled():
             return second_order(reference.mdta, tuple(inputs), grad_outputs[0])
         x, norm_weight, qkv, dwconv, temperature, project_out = inputs
         grad, heads, channels = grad_outputs[0].contiguous(), temperature.numel(), x.shape[1]
-        mixture = launch.depthwise(hidden, dwconv)[0].flatten(2)
+        mixture = (kept if kept.numel() else launch.depthwise(hidden, dwconv)[0]).flatten(2)
         outer = outer_products(grad.flatten(2), mixture[:, 2 * channels :])
         query_key, temperature_grad, out_grad = launch.attention_backward(
             outer, products, squares, attention, temperature, project_out.flatten(1)
@@ -138,7 +141,7 @@ class _Mdta(torch.autograd.Function):
         mixture_grad = torch.empty_like(mixture)
         product(query_key, mixture[:, : 2 * channels], out=mixture_grad[:, : 2 * channels], heads=heads)
         product(mixed.mT, grad.flatten(2), out=mixture_grad[:, 2 * channels :])
-        del mixture
+        del mixture, kept
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, mixture_grad.view_as(hidden), dwconv)
         del hidden, mixture_grad
         x_grad, norm_grad, qkv_grad = _hidden_backward(x, grad, scale, hidden_grad, norm_weight, qkv)
