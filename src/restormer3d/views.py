@@ -36,6 +36,24 @@ class ChangedStack:
 
 
 @dataclass(frozen=True)
+class FramesChanged(ChangedStack):
+    """A stack (T, H, W) some of whose frames are changed one by one, each in a way of its own, by :meth:`change`."""
+
+    def change(self, frame: np.ndarray, t: int, crop: tuple[Any, ...]) -> None:
+        """Change frame `t`, of which `frame` are the rows and columns that `crop` says, in place."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Slice as the stack does."""
+        times, *crop = index if isinstance(index, tuple) else (index,)
+        frames = np.array(self.stack[index], dtype=self.dtype)
+        numbers = np.atleast_1d(np.arange(self.shape[0])[times])
+        for frame, t in zip(frames if frames.ndim == 3 else frames[None], numbers, strict=True):
+            self.change(frame, int(t), tuple(crop))
+        return frames
+
+
+@dataclass(frozen=True)
 class Lowered(ChangedStack):
     """A stack (T, H, W) less one level, so that float32 has room for what differs from it.
 

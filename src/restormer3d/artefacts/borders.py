@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from restormer3d.noise import NoiseEstimate
-from restormer3d.views import ChangedStack, each_frame
+from restormer3d.views import FramesChanged, each_frame
 
 _SURE = 6.0  # deviations, by which what is recorded at the border of other frames differs from the fill
 _SAMPLE = 64  # frames whose corners say what the fill may be
@@ -44,7 +44,7 @@ class FilledBorders:
 
 
 @dataclass(frozen=True)
-class WithoutBorders(ChangedStack):
+class WithoutBorders(FramesChanged):
     """A stack (T, H, W) whose filled borders hold the mean of what other frames show there.
 
     Parameters
@@ -60,17 +60,10 @@ class WithoutBorders(ChangedStack):
     borders: FilledBorders
     image: np.ndarray
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """Slice as the stack does."""
-        times, *crop = index if isinstance(index, tuple) else (index,)
-        frames = np.array(self.stack[index], dtype=self.dtype)
-        numbers = np.atleast_1d(np.arange(self.shape[0])[times])
-        for frame, t in zip(frames if frames.ndim == 3 else frames[None], numbers, strict=True):
-            if self.borders.widths[t].any():
-                np.copyto(
-                    frame, self.image[tuple(crop)], "same_kind", where=self.borders.mask(t, self.shape[1:])[tuple(crop)]
-                )
-        return frames
+    def change(self, frame: np.ndarray, t: int, crop: tuple[Any, ...]) -> None:
+        """Put the image where the frame is filled."""
+        if self.borders.widths[t].any():
+            np.copyto(frame, self.image[crop], "same_kind", where=self.borders.mask(t, self.shape[1:])[crop])
 
 
 def without_borders(stack: Any, noise: NoiseEstimate) -> Any:

@@ -5,18 +5,18 @@ Averages along time spread a voxel that is a thousand times too bright over many
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from restormer3d.noise import NoiseEstimate
-from restormer3d.views import ChangedStack
+from restormer3d.views import ChangedStack, each_frame
 
 _SURE = 10.0  # deviations of the noise, and photons, by which a voxel is brighter than in the frames around
 _ALONE = 0.3  # of that, by which the rows above and below it are at most
 _MOST = 1e-3  # of all voxels: more are no accident
-_READ_BYTES = 2**25  # of frames that are read at once
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,24 @@ def without_spikes(stack: Any, noise: NoiseEstimate) -> Any:
     least = _SURE * noise.gain + _SURE * float(noise.variance(np.array(noise.offset))) ** 0.5
     if frames < 3 or height < 3 or not least:
         return stack
-    step = max(1, _READ_BYTES // (height * width * np.dtype(stack.dtype).itemsize))
     places, values = [], []
-    for start in range(0, frames, step):
-        first, last = max(0, start - 1), min(frames, start + step + 1)
-        block = stack[first:last]
-        for t in range(start, min(start + step, frames)):
-            before, after = (block[n - first] for n in (t - 1 if t else t + 1, t + 1 if t + 1 < frames else t - 1))
-            found = _spikes(block[t - first], np.maximum(before, after), least, noise)
-            places += [(t, y, x) for y, x in found]
-            values += [np.minimum(before, after)[y, x] / 2 + np.maximum(before, after)[y, x] / 2 for y, x in found]
+    for t, (before, frame, after) in enumerate(_with_neighbors(stack)):
+        found = _spikes(frame, np.maximum(before, after), least, noise)
+        places += [(t, y, x) for y, x in found]
+        values += [before[y, x] / 2 + after[y, x] / 2 for y, x in found]
     if not places or len(places) > _MOST * frames * height * width:
         return stack
     return WithoutSpikes(stack, np.array(places), np.array(values).astype(stack.dtype))
+
+
+def _with_neighbors(stack: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Read every frame of at least two between those before and after; at the ends, one is both."""
+    before, frame = np.empty(0), np.empty(0)
+    for t, after in each_frame(stack):
+        if t:
+            yield (before if t > 1 else after), frame, after
+        before, frame = frame, after
+    yield before, frame, before
 
 
 def _spikes(frame: np.ndarray, around: np.ndarray, least: float, noise: NoiseEstimate) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 
 from restormer3d.threads import thread_count
-from restormer3d.views import ChangedStack
+from restormer3d.views import ChangedStack, FramesChanged
 
 _COLUMNS = 64  # of a row that are looked at, at most
 _ROWS = 9  # of which the middle one counts: edges of a lit band stay, single rows do not
@@ -117,7 +117,7 @@ def unlit_frames(light: np.ndarray | None) -> np.ndarray | None:
 
 
 @dataclass(frozen=True)
-class Steadied(ChangedStack):
+class Steadied(FramesChanged):
     """A stack (T, H, W) whose rows under strong light are drawn towards unlit frames around: their noise is as usual.
 
     Parameters
@@ -134,17 +134,12 @@ class Steadied(ChangedStack):
     kept: dict[int, np.ndarray]
     unlit: np.ndarray
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """Slice as the stack does."""
-        times, *crop = index if isinstance(index, tuple) else (index,)
-        frames = np.array(self.stack[index], dtype=self.dtype)
-        numbers = np.atleast_1d(np.arange(self.shape[0])[times])
-        for frame, t in zip(frames if frames.ndim == 3 else frames[None], numbers, strict=True):
-            if (kept := self.kept.get(int(t))) is not None:
-                offset, share = kept[:, crop[0] if crop else slice(None), None]
-                base = _mean_around(self.stack, self.unlit, int(t), tuple(crop)) + offset
-                frame[...] = base + share * (frame - base)
-        return frames
+    def change(self, frame: np.ndarray, t: int, crop: tuple[Any, ...]) -> None:
+        """Draw a frame's rows towards the frames around."""
+        if (kept := self.kept.get(t)) is not None:
+            offset, share = kept[:, crop[0] if crop else slice(None), None]
+            base = _mean_around(self.stack, self.unlit, t, crop) + offset
+            frame[...] = base + share * (frame - base)
 
 
 def steadied(stack: Any, light: np.ndarray) -> Any:

@@ -2,8 +2,8 @@
 
 LayerNorm is folded into the matrix after it and its product, attention works on the Gram matrix of queries and keys
 and is applied to the values together with the projection. The backward passes keep the input, what the first 1x1x1
-convolution made of it and, of few channels, queries, keys and values; they compute the rest again. Other types than float32, autocast and second derivatives go
-to the reference.
+convolution made of it and, of few channels, queries, keys and values; they compute the rest again. Other types than
+float32, autocast and second derivatives go to the reference.
 Triton's interpreter runs the same kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are tested.
 """
 

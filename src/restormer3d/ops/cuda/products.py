@@ -2,8 +2,9 @@
 
 Matrices are small, and what they are multiplied with is long: (rows, inner) @ (B, inner, N). LayerNorm's weight scales
 the columns of a matrix and its divisor the voxels of the product, so that nothing normalized is ever stored.
-Tensor cores round what they add up toward zero: over a long sum that is a bias of 1e-5. Products of 32 (of 64 where that
-is all) are therefore summed there and added to the rest outside; `one`, which the compiler does not know to be 1, keeps it from merging both.
+Tensor cores round what they add up toward zero: over a long sum that is a bias of 1e-5. Products of 32 (of 64 where
+that is all) are therefore summed there and added to the rest outside; `one`, which the compiler does not know to be 1,
+keeps it from merging both.
 """
 
 # The type checker sees tensors and classes where Triton's compiler sees pointers, scalars and loops.
