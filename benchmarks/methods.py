@@ -83,11 +83,12 @@ def gaussian_oracle(
 ) -> dict[str, Any]:
     """Filter with the grid point of the best score."""
     scores = {}
-    with _seen_by_filters(noisy) as (stack, as_recorded):
-        for sigma_xy in GAUSSIAN_GRID["sigma_xy"]:
-            blurred = np.stack(list(gaussian_frames(stack, 0, sigma_xy, around_mean=around_mean)))
-            for sigma_t in GAUSSIAN_GRID["sigma_t"]:
-                scores[sigma_t, sigma_xy] = score(as_recorded(gaussian_frames(blurred, sigma_t, 0)))
+    for apart in _ways(noisy):
+        with _seen_by_filters(noisy, apart=apart) as (stack, as_recorded):
+            for sigma_xy in GAUSSIAN_GRID["sigma_xy"]:
+                blurred = np.stack(list(gaussian_frames(stack, 0, sigma_xy, around_mean=around_mean)))
+                for sigma_t in GAUSSIAN_GRID["sigma_t"]:
+                    scores[sigma_t, sigma_xy, apart] = score(as_recorded(gaussian_frames(blurred, sigma_t, 0)))
     return _filter_best(
         noisy, output, scores, lambda t, xy: partial(gaussian_frames, sigma_t=t, sigma_xy=xy, around_mean=around_mean)
     )
@@ -106,13 +107,14 @@ def svd_gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dic
 def svd_gaussian_oracle(noisy: Path, output: Path, _: dict[str, Any], score: Score) -> dict[str, Any]:
     """Decompose, and smooth by the grid point of the best score; without a width, shrink."""
     scores = {}
-    with _seen_by_filters(noisy) as (stack, as_recorded):
-        frames = stack[:]
-        parts = {shrink: decomposed(frames, shrink=shrink) for shrink in (False, True)}
-        for sigma_t in SVD_GRID["sigma_t"]:
-            for sigma_xy in SVD_GRID["sigma_xy"]:
-                denoised = put_together(parts[not (sigma_t or sigma_xy)], sigma_t, sigma_xy)
-                scores[sigma_t, sigma_xy] = score(as_recorded(iter(denoised)))
+    for apart in _ways(noisy):
+        with _seen_by_filters(noisy, apart=apart) as (stack, as_recorded):
+            frames = stack[:]
+            parts = {shrink: decomposed(frames, shrink=shrink) for shrink in (False, True)}
+            for sigma_t in SVD_GRID["sigma_t"]:
+                for sigma_xy in SVD_GRID["sigma_xy"]:
+                    denoised = put_together(parts[not (sigma_t or sigma_xy)], sigma_t, sigma_xy)
+                    scores[sigma_t, sigma_xy, apart] = score(as_recorded(iter(denoised)))
     return _filter_best(noisy, output, scores, lambda t, xy: partial(svd_frames, sigma_t=t, sigma_xy=xy))
 
 
@@ -198,24 +200,34 @@ METHODS = {
 """In the order of the table."""
 
 
-def _filter(noisy: Path, output: Path, frames_of: Callable[[Any], Iterator[np.ndarray]]) -> dict[str, Any]:
-    with open_stack(noisy) as recorded, _seen_by_filters(noisy) as (stack, as_recorded):
+def _filter(
+    noisy: Path, output: Path, frames_of: Callable[[Any], Iterator[np.ndarray]], *, apart: bool = True
+) -> dict[str, Any]:
+    with open_stack(noisy) as recorded, _seen_by_filters(noisy, apart=apart) as (stack, as_recorded):
         write_stack(output, as_recorded(frames_of(stack)), shape=recorded.shape, dtype=recorded.dtype)
     return {}
 
 
+def _ways(noisy: Path) -> tuple[bool, ...]:
+    """With planes kept apart, as the command does, and together, which averages more: an oracle may have either."""
+    with open_stack(noisy) as recorded:
+        return (True,) if find_planes(recorded) is None else (True, False)
+
+
 @contextmanager
-def _seen_by_filters(noisy: Path) -> Iterator[tuple[Any, Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]]]:
+def _seen_by_filters(
+    noisy: Path, *, apart: bool = True
+) -> Iterator[tuple[Any, Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]]]:
     """Give a stack as the command gives it to filters and networks alike, and what puts the rest back.
 
-    Nothing is set aside of a simulated recording. Planes of different activity, which the command denoises one by one,
-    stay together here.
+    Nothing is set aside of a simulated recording. Planes of the same activity stay together unless they are to be kept
+    `apart`; those of different activity, which the command denoises one by one, always do here.
     """
     *_, parts = recipe("default", pretrained=True)
     with open_stack(noisy) as recorded:
         aside = set_aside(recorded, parts)
         planes = find_planes(aside.stack, parts.planes)
-        if planes is None or not planes.shared:
+        if planes is None or not (planes.shared and apart):
             yield aside.stack, aside.put_back
             return
         apart = differences_of(plane_images(aside.stack, planes.count))
@@ -225,9 +237,9 @@ def _seen_by_filters(noisy: Path) -> Iterator[tuple[Any, Callable[[Iterator[np.n
 def _filter_best(
     noisy: Path,
     output: Path,
-    scores: dict[tuple[float, float], float],
+    scores: dict[tuple[float, float, bool], float],
     filter_of: Callable[[float, float], Callable[[Any], Iterator[np.ndarray]]],
 ) -> dict[str, Any]:
-    sigma_t, sigma_xy = max(scores, key=lambda point: scores[point])
-    _filter(noisy, output, filter_of(sigma_t, sigma_xy))
-    return {"sigma_t": sigma_t, "sigma_xy": sigma_xy}
+    sigma_t, sigma_xy, apart = max(scores, key=lambda point: scores[point])
+    _filter(noisy, output, filter_of(sigma_t, sigma_xy), apart=apart)
+    return {"sigma_t": sigma_t, "sigma_xy": sigma_xy, "planes_apart": apart}
