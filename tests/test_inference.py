@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from restormer3d import cuda_graph, inference
-from restormer3d.config import InferenceConfig
-from restormer3d.inference import count_windows, denoise_frames, window_size, windows_per_pass
+from restormer3d.config import InferenceConfig, recipe
+from restormer3d.inference import count_windows, denoise_frames, window_size, windows_per_pass, within_memory
 from restormer3d.normalization import Normalization
 from restormer3d.tiling import gaussian_weights, hann_weights, mirror_indices, temporal_starts, window_starts
 
@@ -304,3 +304,14 @@ def test_reading_ahead_changes_nothing_but_when():
     assert read == spans
     with pytest.raises(ZeroDivisionError):
         list(inference._ahead(lambda at: torch.tensor(1 // at[0]), spans))
+
+
+def test_windows_fit_into_the_memory_of_a_gpu(monkeypatch):
+    shape, config, gpu = (300, 256, 256), recipe("default", pretrained=True)[2], torch.device("cuda")
+    assert within_memory(shape, config, torch.device("cpu")) == (config, "")
+    for gigabytes, window in ((64, (300, 104, 104)), (10, (256, 96, 96)), (6, (256, 48, 48)), (0.1, (256, 24, 24))):
+        monkeypatch.setattr(inference, "_free_bytes", lambda _, free=gigabytes: int(free * 1e9))
+        found, said = within_memory(shape, config, gpu)
+        assert window_size(shape, found) == window
+        assert bool(said) == (found != config) == (gigabytes < 64)
+        assert found.overlap_xy == config.overlap_xy

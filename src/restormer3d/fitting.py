@@ -30,7 +30,7 @@ from restormer3d.artefacts.stimulus_light import Steadied
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.checkpoint import small_network
 from restormer3d.config import Method, Precision
-from restormer3d.inference import denoise_frames, window_size
+from restormer3d.inference import denoise_frames, window_size, within_memory
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
 from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise, local_variance
@@ -101,6 +101,10 @@ def by_network(
     engine, precision = usable(chosen.engine, chosen.precision, device)
     if precision != chosen.precision:
         say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
+    windows, smaller = within_memory(stack.shape, chosen.inference, device)
+    if smaller:
+        say(smaller)
+        chosen = replace(chosen, inference=windows)
     source, noise = _source(stack, measured, chosen, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
     source, adapted = _adapt(model, source, chosen, device, seconds, say)

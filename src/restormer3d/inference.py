@@ -32,6 +32,7 @@ _CROP = tuple[slice, slice]
 _Denoiser = Callable[[Tensor, Tensor], Tensor]  # windows and their background to denoised windows
 
 _PASS_VOXELS = 2**21  # of the windows of a pass on CUDA, which fewer would not keep busy
+_LEAST_SIDE = 24  # pixels of a window that is made smaller to save memory
 _BYTES_PER_VOXEL = 2**12  # of memory that a pass takes at most, about
 
 
@@ -151,6 +152,25 @@ def windows_per_pass(shape: tuple[int, int, int], config: InferenceConfig, devic
     most = max(config.batch_size, voxels // math.prod(window))
     crops = len(_crops(shape[1:], window[1:], config.overlap_xy))
     return math.ceil(crops / math.ceil(crops / most))
+
+
+def within_memory(
+    shape: tuple[int, int, int], config: InferenceConfig, device: torch.device
+) -> tuple[InferenceConfig, str]:
+    """Make windows so small that a GPU's free memory holds one, and say so; unchanged where it does, and on a CPU."""
+    if not _is_recorded(device):
+        return config, ""
+    most = _free_bytes(device) // _BYTES_PER_VOXEL
+    smaller = config
+    if math.prod(window_size(shape, smaller)) > most:
+        smaller = smaller.model_copy(update={"stretch": 1.0})
+    while math.prod(window_size(shape, smaller)) > most and min(smaller.window[1:]) >= 2 * _LEAST_SIDE:
+        frames, rows, columns = smaller.window
+        smaller = smaller.model_copy(update={"window": (frames, rows // 2, columns // 2)})
+    if smaller is config:
+        return config, ""
+    window = " x ".join(map(str, window_size(shape, smaller)))
+    return smaller, f"windows of {window}: the GPU's free memory holds no more than {most:,} voxels"
 
 
 def _is_recorded(device: torch.device) -> bool:
