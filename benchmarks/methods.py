@@ -230,8 +230,8 @@ def _seen_by_filters(
         if planes is None or not (planes.shared and apart):
             yield aside.stack, aside.put_back
             return
-        apart = differences_of(plane_images(aside.stack, planes.count))
-        yield WithoutPlanes(aside.stack, apart), lambda frames: aside.put_back(put_back(frames, apart))
+        differences = differences_of(plane_images(aside.stack, planes.count))
+        yield WithoutPlanes(aside.stack, differences), lambda frames: aside.put_back(put_back(frames, differences))
 
 
 def _filter_best(
