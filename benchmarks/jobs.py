@@ -82,6 +82,8 @@ def real_job(row: dict[str, Any], text: str) -> dict[str, Any]:
     ValueError
         If there is no such file.
     """
+    from restormer3d.checkpoint import file_sha256
+
     match = _CROPPED.fullmatch(text)
     path = Path(match["path"]) if match else Path(text)
     if not match or not path.is_file():
@@ -89,7 +91,7 @@ def real_job(row: dict[str, Any], text: str) -> dict[str, Any]:
     crop = [int(part) for part in (match["crop"] or "").split(":")[1:]]
     spans = [slice(*crop[axis : axis + 2]) for axis in range(0, len(crop), 2)]
     job = {"kind": "real", "recording": path.name, "crop": [[span.start, span.stop] for span in spans]}
-    job["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()  # two labs may have files of one name
+    job["sha256"] = file_sha256(path)  # two labs may have files of one name
     return row | job | {"path": str(path.resolve())}
 
 

@@ -72,10 +72,14 @@ def temporal_mean(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> di
 
 def gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dict[str, Any]:
     """Filter with the widths that predict held-out frames best: what `--method gaussian` does."""
-    with _seen_by_filters(noisy) as (stack, _):
-        sigma_t, sigma_xy = choose_gaussian(stack, around_mean=True)
-    _filter(noisy, output, partial(gaussian_frames, sigma_t=sigma_t, sigma_xy=sigma_xy, around_mean=True))
-    return {"sigma_t": sigma_t, "sigma_xy": sigma_xy}
+    widths: dict[str, float] = {}
+
+    def filtered(stack: Any) -> Iterator[np.ndarray]:
+        widths["sigma_t"], widths["sigma_xy"] = choose_gaussian(stack, around_mean=True)
+        return gaussian_frames(stack, **widths, around_mean=True)
+
+    _filter(noisy, output, filtered)
+    return widths
 
 
 def gaussian_oracle(
@@ -83,12 +87,12 @@ def gaussian_oracle(
 ) -> dict[str, Any]:
     """Filter with the grid point of the best score."""
     scores = {}
-    for apart in _ways(noisy):
-        with _seen_by_filters(noisy, apart=apart) as (stack, as_recorded):
+    with _ways_to_see(noisy) as ways:
+        for way, (stack, as_recorded) in enumerate(ways):
             for sigma_xy in GAUSSIAN_GRID["sigma_xy"]:
                 blurred = np.stack(list(gaussian_frames(stack, 0, sigma_xy, around_mean=around_mean)))
                 for sigma_t in GAUSSIAN_GRID["sigma_t"]:
-                    scores[sigma_t, sigma_xy, apart] = score(as_recorded(gaussian_frames(blurred, sigma_t, 0)))
+                    scores[sigma_t, sigma_xy, way] = score(as_recorded(gaussian_frames(blurred, sigma_t, 0)))
     return _filter_best(
         noisy, output, scores, lambda t, xy: partial(gaussian_frames, sigma_t=t, sigma_xy=xy, around_mean=around_mean)
     )
@@ -107,14 +111,14 @@ def svd_gaussian(noisy: Path, output: Path, _: dict[str, Any], __: Score) -> dic
 def svd_gaussian_oracle(noisy: Path, output: Path, _: dict[str, Any], score: Score) -> dict[str, Any]:
     """Decompose, and smooth by the grid point of the best score; without a width, shrink."""
     scores = {}
-    for apart in _ways(noisy):
-        with _seen_by_filters(noisy, apart=apart) as (stack, as_recorded):
+    with _ways_to_see(noisy) as ways:
+        for way, (stack, as_recorded) in enumerate(ways):
             frames = stack[:]
             parts = {shrink: decomposed(frames, shrink=shrink) for shrink in (False, True)}
             for sigma_t in SVD_GRID["sigma_t"]:
                 for sigma_xy in SVD_GRID["sigma_xy"]:
                     denoised = put_together(parts[not (sigma_t or sigma_xy)], sigma_t, sigma_xy)
-                    scores[sigma_t, sigma_xy, apart] = score(as_recorded(iter(denoised)))
+                    scores[sigma_t, sigma_xy, way] = score(as_recorded(iter(denoised)))
     return _filter_best(noisy, output, scores, lambda t, xy: partial(svd_frames, sigma_t=t, sigma_xy=xy))
 
 
@@ -201,45 +205,38 @@ METHODS = {
 
 
 def _filter(
-    noisy: Path, output: Path, frames_of: Callable[[Any], Iterator[np.ndarray]], *, apart: bool = True
+    noisy: Path, output: Path, frames_of: Callable[[Any], Iterator[np.ndarray]], way: int = 0
 ) -> dict[str, Any]:
-    with open_stack(noisy) as recorded, _seen_by_filters(noisy, apart=apart) as (stack, as_recorded):
+    with open_stack(noisy) as recorded, _ways_to_see(noisy) as ways:
+        stack, as_recorded = ways[way]
         write_stack(output, as_recorded(frames_of(stack)), shape=recorded.shape, dtype=recorded.dtype)
     return {}
 
 
-def _ways(noisy: Path) -> tuple[bool, ...]:
-    """With planes kept apart, as the command does, and together, which averages more: an oracle may have either."""
-    with open_stack(noisy) as recorded:
-        return (True,) if find_planes(recorded) is None else (True, False)
-
-
 @contextmanager
-def _seen_by_filters(
-    noisy: Path, *, apart: bool = True
-) -> Iterator[tuple[Any, Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]]]:
+def _ways_to_see(noisy: Path) -> Iterator[list[tuple[Any, Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]]]]:
     """Give a stack as the command gives it to filters and networks alike, and what puts the rest back.
 
-    Nothing is set aside of a simulated recording. Planes of the same activity stay together unless they are to be kept
-    `apart`; those of different activity, which the command denoises one by one, always do here.
+    Nothing is set aside of a simulated recording. Of planes of the same activity there is a second way, which averages
+    more: not kept apart. Planes of different activity, which the command denoises one by one, stay together here.
     """
     *_, parts = recipe("default", pretrained=True)
     with open_stack(noisy) as recorded:
         aside = set_aside(recorded, parts)
+        ways = [(aside.stack, aside.put_back)]
         planes = find_planes(aside.stack, parts.planes)
-        if planes is None or not (planes.shared and apart):
-            yield aside.stack, aside.put_back
-            return
-        differences = differences_of(plane_images(aside.stack, planes.count))
-        yield WithoutPlanes(aside.stack, differences), lambda frames: aside.put_back(put_back(frames, differences))
+        if planes is not None and planes.shared:
+            apart = differences_of(plane_images(aside.stack, planes.count))
+            ways.insert(0, (WithoutPlanes(aside.stack, apart), lambda frames: aside.put_back(put_back(frames, apart))))
+        yield ways
 
 
 def _filter_best(
     noisy: Path,
     output: Path,
-    scores: dict[tuple[float, float, bool], float],
+    scores: dict[tuple[float, float, int], float],
     filter_of: Callable[[float, float], Callable[[Any], Iterator[np.ndarray]]],
 ) -> dict[str, Any]:
-    sigma_t, sigma_xy, apart = max(scores, key=lambda point: scores[point])
-    _filter(noisy, output, filter_of(sigma_t, sigma_xy), apart=apart)
-    return {"sigma_t": sigma_t, "sigma_xy": sigma_xy, "planes_apart": apart}
+    sigma_t, sigma_xy, way = max(scores, key=lambda point: scores[point])
+    _filter(noisy, output, filter_of(sigma_t, sigma_xy), way)
+    return {"sigma_t": sigma_t, "sigma_xy": sigma_xy, "planes_apart": way == 0}
