@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,12 @@ class ChangedStack:
 
 
 @dataclass(frozen=True)
-class FramesChanged(ChangedStack):
+class FramesChanged(ChangedStack, ABC):
     """A stack (T, H, W) some of whose frames are changed one by one, each in a way of its own, by :meth:`change`."""
 
+    @abstractmethod
     def change(self, frame: np.ndarray, t: int, crop: tuple[Any, ...]) -> None:
         """Change frame `t`, of which `frame` are the rows and columns that `crop` says, in place."""
-        raise NotImplementedError
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Slice as the stack does."""

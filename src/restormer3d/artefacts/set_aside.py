@@ -61,13 +61,12 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
     if record["level"]:
         stack = Lowered(stack, record["level"])
         undo.append(partial(_raised, level=record["level"]))
-    before = stack.shape[0]
+    record |= {"idle_frames": 0, "filled_borders": 0, "spikes": 0}
     if parts.mend:
+        frames = stack.shape[0]
         stack = _without_idle(stack, parts, undo, say)
-    record["idle_frames"] = before - stack.shape[0]
-    noise = estimate_noise(stack) if parts.mend else None
-    record["filled_borders"] = record["spikes"] = 0
-    if noise is not None:
+        record["idle_frames"] = frames - stack.shape[0]
+        noise = estimate_noise(stack)
         stack, record["filled_borders"] = _without_borders(stack, noise, undo, say)
         stack, record["spikes"] = _without_spikes(stack, noise, say)
     light = None
