@@ -17,6 +17,7 @@ from restormer3d import ops
 from restormer3d.arithmetic import float32_products
 from restormer3d.config import ModelConfig
 from restormer3d.model import Restormer3D
+from restormer3d.ops import reference
 from tests.test_ops import arguments, relative_error, results
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -38,6 +39,7 @@ CASES = [  # (B, C, T, H, W): odd sizes, every axis of length one, frames wider 
     ("gdfn", (1, 2, 2, 1, 37)),
     ("gdfn", (1, 2, 1, 5, 1)),
     ("gdfn", (4, 1, 1, 2, 3)),
+    ("gdfn", (1, 1, 3, 26, 29)),
     ("mdta", (2, 2, 2, 5, 7)),
     ("mdta", (1, 2, 3, 7, 1)),
     ("mdta", (1, 2, 1, 1, 9)),
@@ -83,6 +85,56 @@ def test_cuda_engine_gives_the_references_output_and_gradients(operator: str, sh
 )
 def test_long_sums_of_tensor_cores_are_as_exact(operator: str, shape: tuple[int, ...]) -> None:
     assert inexact(*arguments(operator, shape)) == {}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("batch", "rows", "channels", "voxels"),
+    [(2, 70, 34, 150), (1, 40, 70, 70), (2, 3, 1, 2100), (1, 100, 64, 5)],  # tiles cut short, chunks, many channels
+    ids=str,
+)
+def test_a_product_with_layer_norm_gives_the_references_gradients(
+    batch: int, rows: int, channels: int, voxels: int
+) -> None:
+    from restormer3d.ops.cuda import launch
+
+    g = torch.Generator().manual_seed(0)
+    matrix, norm, x, hidden_grad, residual = inputs = [
+        torch.randn(shape, generator=g)
+        for shape in (
+            (rows, channels), (channels,), (batch, channels, voxels), (batch, rows, voxels), (batch, channels, voxels)
+        )
+    ]  # fmt: skip
+    leaves = [i.double().requires_grad_() for i in inputs[:3]]
+    normalized = reference.layer_norm(leaves[2][..., None, None], leaves[1]).flatten(2)
+    expected = leaves[0] @ normalized
+    wanted = torch.autograd.grad(expected, leaves, hidden_grad.double())
+    matrix, norm, x, hidden_grad, residual = (i.to(DEVICE) for i in inputs)
+    scale, hidden = launch.normalized_product(matrix, norm, x)
+    x_grad, matrix_grad, norm_grad = launch.normalized_product_backward(x, scale, hidden_grad, matrix, norm, residual)
+    found = [hidden, matrix_grad, norm_grad, x_grad - residual]
+    assert all(relative_error(a.cpu(), b) < 1e-5 for a, b in zip(found, [expected.detach(), *wanted], strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("batch", "channels", "hidden", "voxels"), [(2, 34, 70, 150), (1, 130, 20, 70), (2, 3, 1, 2100)], ids=str
+)
+def test_the_gate_gives_the_references_gradients(
+    batch: int, channels: int, hidden: int, voxels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from restormer3d.ops.cuda import launch
+
+    monkeypatch.setattr(launch, "depthwise", lambda x, _: (x.clone(), x))  # convolutions have tests of their own
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(batch, 2 * hidden, voxels, generator=g), torch.randn(channels, hidden, generator=g)]
+    grad = torch.randn(batch, channels, voxels, generator=g)
+    x, project_out = leaves = [i.double().requires_grad_() for i in inputs]
+    gate, value = x.chunk(2, dim=1)
+    wanted = torch.autograd.grad(project_out @ (torch.nn.functional.gelu(gate) * value), leaves, grad.double())
+    x, project_out, grad = (i.to(DEVICE) for i in (*inputs, grad))
+    found = launch.gated_depthwise_backward(x[..., None, None], x, project_out, grad)
+    assert all(relative_error(a.cpu().view_as(b), b) < 1e-5 for a, b in zip(found, wanted, strict=True))
 
 
 @needs_triton
@@ -163,7 +215,7 @@ def test_the_published_network_keeps_less_than_12_kilobytes_a_voxel(monkeypatch:
     # What is kept does not depend on the kernels' values, and the interpreter would take an hour for this network.
     monkeypatch.setattr(launch, "depthwise", lambda x, _, with_squares: (x.clone(), x.new_ones(x.shape[:2])))
     monkeypatch.setattr(launch, "gated_depthwise", lambda x, _: x.chunk(2, dim=1)[0].contiguous())
-    monkeypatch.setattr(launch, "inverse_deviation", lambda x: x[:, 0].clone())
+    monkeypatch.setattr(launch, "normalized_product", lambda matrix, _, x: (x[:, 0].clone(), product(matrix, x)))
     monkeypatch.setattr(cuda, "product", product)
     monkeypatch.setattr(cuda, "outer_products", outer)
     model, x = Restormer3D().to(DEVICE), torch.randn(1, 1, 16, 32, 32, device=DEVICE)
@@ -184,20 +236,23 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from restormer3d.ops.cuda import convolution, products
-fixed = dict(SQUARES=True, ROWS=2, LANES=128, EPS=1e-5, CHANNELS=32, VOXELS=64)
+from restormer3d.ops.cuda import attention, convolution, products
+fixed = dict(SQUARES=True, ROWS=32, LANES=128, EPS=1e-5, CHANNELS=32, VOXELS=64, STEP=16, SUM_VOXELS=32, BLOCKS=2)
 fixed |= dict(COLUMN_SCALE=True, VOXEL_SCALE=True, RESIDUAL=True, PRECISION="tf32x3", INNER=32, COLUMNS=32, COUNT=32)
 pointers = {
-    "x", "taps", "out", "squares", "grad", "x_grad", "tap_sums", "gated", "out_grad", "convolved", "matrix", "outer",
-    "column_scale", "voxel_scale", "residual", "a", "b", "sums", "products", "temperature", "project_out", "attention",
-    "mixed", "query_key", "temperature_grad", "project_grad",
+    "x", "taps", "out", "squares", "grad", "x_grad", "tap_sums", "gated", "convolved", "matrix", "outer", "residual",
+    "column_scale", "voxel_scale", "scale", "norm_weight", "a", "b", "sums", "products", "temperature", "project_out",
+    "attention", "mixed", "query_key", "temperature_grad", "project_grad", "hidden_grad", "folded", "matrix_grad",
+    "norm_grad",
 }
-kernels = [(convolution, name, {}) for name in ("depthwise", "depthwise_backward")]
-kernels += [(convolution, name, {}) for name in ("gated_depthwise", "gate_backward")]
-kernels += [(products, "product", {"ROWS": 64, "ONE_STEP": step}) for step in (True, False)]
-kernels += [(products, "outer", {"ROWS": 32})]
-kernels += [(products, name, {}) for name in ("inverse_deviation", "normalize_backward")]
-kernels += [(products, name, {}) for name in ("attention_matrix", "attention_backward")]
+kernels = [(convolution, name, {"ROWS": 2}) for name in ("depthwise", "depthwise_backward", "gated_depthwise")]
+kernels += [
+    (products, "product", {"ONE_STEP": step, "NORMALIZE": normalize})
+    for step, normalize in ((True, True), (True, False), (False, False))
+]
+kernels += [(products, name, {}) for name in ("outer", "inverse_deviation", "normalize_backward", "gate_backward")]
+kernels += [(products, name, {}) for name in ("hidden_backward", "scaled_matrix_backward")]
+kernels += [(attention, name, {}) for name in ("attention_matrix", "attention_backward")]
 def number(name):
     return "fp32" if name == "one" else "i32"
 

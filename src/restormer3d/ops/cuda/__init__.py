@@ -70,29 +70,12 @@ def _fits(*tensors: Tensor) -> bool:
     return x.numel() > 0 and not autocast and all(t.dtype == torch.float32 for t in tensors)
 
 
-def _hidden(x: Tensor, norm_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1 / the standard deviation of x (B, C, T, H, W), and the 1x1x1 convolution of its LayerNorm."""
-    scale = launch.inverse_deviation(x.flatten(2))
-    hidden = product(weight.flatten(1), x.flatten(2), column_scale=norm_weight, voxel_scale=scale)
-    return scale, hidden.unflatten(2, x.shape[2:])
-
-
-def _hidden_backward(
-    x: Tensor, grad: Tensor, scale: Tensor, hidden_grad: Tensor, norm_weight: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x (the residual's included), of LayerNorm's weight and of the 1x1x1 weight."""
-    matrix = weight.flatten(1)
-    folded = outer_products(hidden_grad.flatten(2), x.flatten(2), voxel_scale=scale, over_samples=True)
-    normalized_grad = product((matrix * norm_weight).mT, hidden_grad.flatten(2))
-    x_grad = launch.normalize_backward(x.flatten(2), normalized_grad, grad.flatten(2)).view_as(x)
-    return x_grad, (folded * matrix).sum(0), (folded * norm_weight).view_as(weight)
-
-
 class _Gdfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         x, norm_weight, project_in, dwconv, project_out = inputs
-        scale, hidden = _hidden(x, norm_weight, project_in)
+        scale, hidden = launch.normalized_product(project_in.flatten(1), norm_weight, x.flatten(2))
+        hidden = hidden.unflatten(2, x.shape[2:])
         ctx.save_for_backward(*inputs, scale, hidden)
         gated = launch.gated_depthwise(hidden, dwconv).flatten(2)
         return product(project_out.flatten(1), gated, residual=x.flatten(2)).view_as(x)
@@ -104,20 +87,27 @@ class _Gdfn(torch.autograd.Function):
             return second_order(reference.gdfn, tuple(inputs), grad_outputs[0])
         x, norm_weight, project_in, dwconv, project_out = inputs
         grad = grad_outputs[0].contiguous()
-        gated_grad = product(project_out.flatten(1).mT, grad.flatten(2)).unflatten(2, x.shape[2:])
-        gated, gate_grad = launch.gated_depthwise_backward(hidden, dwconv, gated_grad)
-        out_grad = outer_products(grad.flatten(2), gated.flatten(2), over_samples=True).view_as(project_out)
-        del gated, gated_grad
+        gate_grad, out_grad = launch.gated_depthwise_backward(hidden, dwconv, project_out.flatten(1), grad.flatten(2))
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, gate_grad, dwconv)
         del hidden, gate_grad
-        return *_hidden_backward(x, grad, scale, hidden_grad, norm_weight, project_in), tap_grad, out_grad
+        x_grad, in_grad, norm_grad = launch.normalized_product_backward(
+            x.flatten(2), scale, hidden_grad.flatten(2), project_in.flatten(1), norm_weight, grad.flatten(2)
+        )
+        return (
+            x_grad.view_as(x),
+            norm_grad,
+            in_grad.view_as(project_in),
+            tap_grad,
+            out_grad.view_as(project_out),
+        )
 
 
 class _Mdta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         x, norm_weight, qkv, dwconv, temperature, project_out = inputs
-        scale, hidden = _hidden(x, norm_weight, qkv)
+        scale, hidden = launch.normalized_product(qkv.flatten(1), norm_weight, x.flatten(2))
+        hidden = hidden.unflatten(2, x.shape[2:])
         mixture, squares = launch.depthwise(hidden, dwconv, with_squares=True)
         q, k, v = mixture.flatten(2).chunk(3, dim=1)
         products = outer_products(q, k, heads=temperature.numel())
@@ -144,11 +134,13 @@ class _Mdta(torch.autograd.Function):
         del mixture, kept
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, mixture_grad.view_as(hidden), dwconv)
         del hidden, mixture_grad
-        x_grad, norm_grad, qkv_grad = _hidden_backward(x, grad, scale, hidden_grad, norm_weight, qkv)
+        x_grad, qkv_grad, norm_grad = launch.normalized_product_backward(
+            x.flatten(2), scale, hidden_grad.flatten(2), qkv.flatten(1), norm_weight, grad.flatten(2)
+        )
         return (
-            x_grad,
+            x_grad.view_as(x),
             norm_grad,
-            qkv_grad,
+            qkv_grad.view_as(qkv),
             tap_grad,
             temperature_grad.view_as(temperature),
             out_grad.view_as(project_out),

@@ -199,7 +199,7 @@ def _joined(parts, HALF: tl.constexpr):
 
 
 @triton.jit
-def _below(x):
+def below(x):
     """Share of a normal distribution that lies below x: GELU is x times it."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
@@ -209,7 +209,7 @@ def _store_gated(frame, a, b, top, height, width, complete, ROWS: tl.constexpr):
     """Store gelu(a) * b of ROWS voxels at the pointers `frame`, if they are complete."""
     gated = ()
     for r in tl.static_range(ROWS):
-        gated += (a[r] * _below(a[r]) * b[r],)
+        gated += (a[r] * below(a[r]) * b[r],)
     _store_rows(frame, gated, top, height, width, complete, ROWS)
 
 
@@ -239,23 +239,3 @@ def gated_depthwise(x, taps, gated, hidden, frames, height, width, parts, run, R
         _store_gated(gated + (s - 1) * size, a0, b0, top, height, width, s > first, ROWS)
         a0, a1, b0, b1 = a1, a2, b1, b2
     _store_gated(gated + (frames - 1) * size, a0, b0, top, height, width, last == frames, ROWS)
-
-
-@triton.jit
-def gate_backward(convolved, out_grad, gated, size, VOXELS: tl.constexpr):
-    """Write gelu(a) * b of `convolved`, a and b (B, 2, size), to `gated`, and replace both by their gradients.
-
-    ``out_grad`` and ``gated`` are (B, size).
-    """
-    sample = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * VOXELS + tl.arange(0, VOXELS)
-    here = at < size
-    gate = convolved + 2 * sample * size + at
-    a = tl.load(gate, mask=here, other=0.0)
-    b = tl.load(gate + size, mask=here, other=0.0)
-    g = tl.load(out_grad + sample * size + at, mask=here, other=0.0)
-    below = _below(a)
-    slope = below + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
-    tl.store(gated + sample * size + at, a * below * b, mask=here)
-    tl.store(gate, g * b * slope, mask=here)
-    tl.store(gate + size, g * a * below, mask=here)

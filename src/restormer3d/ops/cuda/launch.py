@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from restormer3d.ops.cuda import attention as head_kernels
 from restormer3d.ops.cuda import convolution, products
 from restormer3d.ops.reference import NORM_EPS
 
@@ -21,13 +22,16 @@ _RUN = 16  # frames that one program convolves: a long run loads few frames twic
 _REGISTERS = (
     128  # a thread; the compiler would take more for the convolutions, and fewer threads would share a processor
 )
-_VOXELS = 512  # of one program that works on voxels one by one
 _TILE = 4096  # values of a tile of LayerNorm, 32 in each of 128 threads
 _CHUNK = 1024  # voxels of one partial sum of products
+_CACHED_CHUNK = 256  # of one whose voxels are read twice: in the meantime they have to stay in the second-level cache
 _ONE_STEP = 64  # channels that a program of a product holds of its voxels
+_BACK_IN_ONE = 64  # channels of an input up to which one kernel goes back from a product with its LayerNorm
 _ROWS = 32  # of a matrix, in a program at a time
 _MANY = 2**17  # voxels, enough to keep a GPU busy with large tiles
 _FUSED = {"enable_fp_fusion": True}  # products and sums in one instruction; from Triton 3.10 on not the default
+# Of kernels that go back through a product, by the compiler's count of registers: three programs fit on a processor.
+_BACKWARD = {"VOXELS": 64, "STEP": 16, "SUM_VOXELS": 32, "num_warps": 4, "num_stages": 3}
 _LENGTH_EPS = 1e-12  # of torch.nn.functional.normalize
 
 MOST_HEAD_CHANNELS = 64
@@ -99,34 +103,68 @@ def gated_depthwise(x: Tensor, taps: Tensor) -> Tensor:
     return gated
 
 
-def gated_depthwise_backward(x: Tensor, taps: Tensor, out_grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what :func:`gated_depthwise` returned, and the gradient of the convolved x (B, 2h, T, H, W).
+def gated_depthwise_backward(x: Tensor, taps: Tensor, project_out: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Go back from ``grad`` (B, C, N) of `project_out` (C, h) times what :func:`gated_depthwise` returned.
 
-    In two kernels: one that convolves and derives at once holds so many values that few of it fit on a processor.
+    Returns the gradients of the convolved x (B, 2h, T, H, W) and of the projection. What was convolved is computed
+    again by a kernel of its own: one that does all holds so many values that few of it fit on a processor.
     """
-    grad, gated = depthwise(x, taps)[0], torch.empty_like(out_grad)
-    size = out_grad[0].numel()
+    convolved, (channels, hidden), size = depthwise(x, taps)[0], project_out.shape, x[0, 0].numel()
+    chunk, tile = _chunk(size, _CACHED_CHUNK), min(64, max(16, power_of_two(channels)))
+    chunks = -(-size // chunk)
+    sums = x.new_empty((len(x) * chunks, channels, hidden))
     with torch.cuda.device_of(x):
-        convolution.gate_backward[(-(-size // _VOXELS), len(x))](grad, out_grad, gated, size, VOXELS=_VOXELS, **_FUSED)
-    return gated, grad
+        products.gate_backward[(-(-hidden // _ROWS), chunks, len(x))](
+            convolved, grad, project_out.contiguous(), sums, 1.0, channels, hidden, size, chunk, **_FUSED,
+            PRECISION=_precision(), CHANNELS=tile, BLOCKS=-(-channels // tile), ROWS=_ROWS, **_BACKWARD,
+        )  # fmt: skip
+    return convolved, sums.sum(0)
 
 
-def inverse_deviation(x: Tensor) -> Tensor:
-    """Return 1 / the standard deviation over channels, (B, C, N) to (B, N)."""
-    out = x.new_empty((x.shape[0], x.shape[2]))
-    grid, options = _columns(x.shape)
+def normalized_product(matrix: Tensor, norm_weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1 / the standard deviation of x (B, C, N) over channels, (B, N), and ``matrix @ LayerNorm(x)``."""
+    scale, in_one = x.new_empty((x.shape[0], x.shape[2])), x.shape[1] <= _ONE_STEP
+    if not in_one:
+        grid, options = _columns(x.shape)
+        with torch.cuda.device_of(x):
+            products.inverse_deviation[grid](x, scale, *x.shape[1:], EPS=NORM_EPS, **options)
+    return scale, product(matrix, x, column_scale=norm_weight, voxel_scale=scale, normalize=in_one)
+
+
+def normalized_product_backward(
+    x: Tensor, scale: Tensor, hidden_grad: Tensor, matrix: Tensor, norm_weight: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go back from ``hidden_grad`` (B, R, N) of :func:`normalized_product`.
+
+    Returns the gradients of x, plus ``residual`` (B, C, N), of the matrix (R, C), and of LayerNorm's weight (C,).
+    """
+    batch, channels, size = x.shape
+    if channels <= _BACK_IN_ONE:
+        rows, chunk = len(matrix), _chunk(size, _CACHED_CHUNK)
+        chunks = -(-size // chunk)
+        x_grad, sums = torch.empty_like(x), x.new_empty((batch * chunks, rows, channels))
+        tile = min(64, max(16, power_of_two(rows)))
+        with torch.cuda.device_of(x):
+            products.hidden_backward[(chunk // _BACKWARD["VOXELS"] + -(-rows // tile), chunks, batch)](
+                x, scale, hidden_grad, matrix.contiguous(), norm_weight, residual, x_grad, sums, 1.0,
+                channels, rows, size, chunk, **_FUSED,
+                PRECISION=_precision(), CHANNELS=max(16, power_of_two(channels)), ROWS=tile, **_BACKWARD,
+            )  # fmt: skip
+        folded = sums.sum(0)
+    else:
+        # Of many channels there are few voxels: the rows of the matrix have to run side by side.
+        folded = outer_products(hidden_grad, x, voxel_scale=scale, over_samples=True)
+        grad, x_grad = product(matrix.mT, hidden_grad), torch.empty_like(x)
+        grid, options = _columns(x.shape)
+        with torch.cuda.device_of(x):
+            products.normalize_backward[grid](x, scale, grad, norm_weight, residual, x_grad, channels, size, **options)
+    matrix_grad, norm_grad = torch.empty_like(folded), torch.empty_like(norm_weight)
+    rows = min(256, power_of_two(len(folded)))
     with torch.cuda.device_of(x):
-        products.inverse_deviation[grid](x, out, *x.shape[1:], EPS=NORM_EPS, **options)
-    return out
-
-
-def normalize_backward(x: Tensor, grad: Tensor, residual: Tensor) -> Tensor:
-    """Return the gradient of x from that of the normalized x, plus ``residual``; all (B, C, N)."""
-    out = torch.empty_like(x)
-    grid, options = _columns(x.shape)
-    with torch.cuda.device_of(x):
-        products.normalize_backward[grid](x, grad, residual, out, *x.shape[1:], EPS=NORM_EPS, **options)
-    return out
+        products.scaled_matrix_backward[(-(-channels // 16),)](
+            folded, matrix.contiguous(), norm_weight, matrix_grad, norm_grad, *folded.shape, ROWS=rows, COLUMNS=16
+        )
+    return x_grad, matrix_grad, norm_grad
 
 
 def _columns(shape: torch.Size) -> tuple[tuple[int, int], dict[str, int]]:
@@ -144,6 +182,7 @@ def product(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     heads: int = 1,
+    normalize: bool = False,
 ) -> Tensor:
     """Return ``(matrix * column_scale) @ x * voxel_scale + residual``.
 
@@ -160,12 +199,14 @@ def product(
         (B, R, N); `residual` laid out like the result.
     heads
         That have a matrix of their own.
+    normalize
+        `voxel_scale` is 1 / the standard deviation of x over its channels, 64 at most, and is written instead of read.
     """
     batch, channels, size = x.shape
     rows, inner = matrix.shape[-2:]
     out = x.new_empty((batch, channels if heads > 1 else rows, size)) if out is None else out
     # Loading voxels once pays off if several tiles of rows need them.
-    one_step = inner <= 32 or (inner <= _ONE_STEP and rows > _ROWS)
+    one_step = inner <= 32 or (inner <= _ONE_STEP and (rows > _ROWS or normalize))
     tile, voxels = min(_ROWS, max(16, power_of_two(rows))), 128 if batch * size >= _MANY else 64
     grid = (-(-size // voxels), 1 if one_step else -(-rows // tile), batch * heads)
     half = inner // 2 if heads > 1 else inner + rows
@@ -177,7 +218,7 @@ def product(
             **_FUSED, COLUMN_SCALE=column_scale is not None, VOXEL_SCALE=voxel_scale is not None,
             RESIDUAL=residual is not None, PRECISION=_precision(), ROWS=tile,
             INNER=max(16, power_of_two(inner)) if one_step else 32, VOXELS=voxels, ONE_STEP=one_step,
-            num_stages=3 if voxels == 128 else 4,
+            NORMALIZE=normalize, EPS=NORM_EPS, num_stages=3 if voxels == 128 else 4,
         )  # fmt: skip
     return out
 
@@ -192,7 +233,7 @@ def outer_products(
     """
     batch, _, size = a.shape
     rows, columns = a.shape[1] // heads, b.shape[1] // heads
-    chunk = min(_CHUNK, max(64, power_of_two(size // 16)))
+    chunk = _chunk(size)
     chunks = -(-size // chunk)
     sums = a.new_empty((batch * heads, chunks, rows, columns))
     tile = min(64, max(16, power_of_two(rows))), min(64, max(16, power_of_two(columns)))
@@ -204,6 +245,11 @@ def outer_products(
             ROWS=tile[0], COLUMNS=tile[1], VOXELS=32, num_warps=2 if max(tile) <= 32 else 4,
         )  # fmt: skip
     return sums.flatten(0, 1).sum(0) if over_samples else sums.sum(1)
+
+
+def _chunk(size: int, most: int = _CHUNK) -> int:
+    """Voxels of one partial sum over `size` of them: a power of two, and where there are few, less than `most`."""
+    return min(most, max(64, power_of_two(size // 16)))
 
 
 def _precision() -> str:
@@ -220,7 +266,7 @@ def attention_matrix(gram: Tensor, squares: Tensor, temperature: Tensor, project
     attention = torch.empty_like(gram)
     mixed = gram.new_empty((len(squares), *project_out.shape))
     with torch.cuda.device_of(gram):
-        products.attention_matrix[(len(gram),)](
+        head_kernels.attention_matrix[(len(gram),)](
             gram, squares, temperature, project_out.contiguous(), attention, mixed, size, heads,
             EPS=_LENGTH_EPS, **_head_options(size),
         )  # fmt: skip
@@ -248,7 +294,7 @@ def attention_backward(
     query_key = outer.new_empty((batch * heads, 2 * size, 2 * size))
     temperature_grad, project_grad = outer.new_empty((batch, heads)), torch.empty_like(outer)
     with torch.cuda.device_of(outer):
-        products.attention_backward[(batch * heads,)](
+        head_kernels.attention_backward[(batch * heads,)](
             outer, gram, squares, attention, temperature, project_out.contiguous(),
             query_key, temperature_grad, project_grad, size, heads,
             EPS=_LENGTH_EPS, **_head_options(size),
