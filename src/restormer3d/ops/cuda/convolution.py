@@ -105,8 +105,7 @@ def depthwise(
     weights = _taps(taps + plane % channels * 27, False)
     nothing = _zeros(ROWS, LANES)
     before, here, total = nothing, nothing, tl.zeros((LANES,), tl.float32)
-    stop = tl.minimum(last + 1, frames)
-    start = tl.maximum(first - 1, 0)
+    start, stop = tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)
     following = _window(x + start * size + at, top, column, height, width, ROWS)
     for s in range(start, stop):
         voxels = following  # the next ones are on their way while these are summed
@@ -153,15 +152,19 @@ def depthwise_backward(
     nothing = _zeros(ROWS, LANES)
     before, here, x_before, sums = nothing, nothing, nothing, _zeros(27, LANES)
     x_here = _rows(x, top, height, width, first == 0, ROWS)
-    for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
-        x_after = _rows(x + (s + 1) * size, top, height, width, s + 1 < last, ROWS)
-        voxels = _window(grad + s * size, top, column, height, width, ROWS)
+    start, stop = tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)
+    x_after = _rows(x + (start + 1) * size, top, height, width, start + 1 < last, ROWS)
+    following = _window(grad + start * size, top, column, height, width, ROWS)
+    for s in range(start, stop):
+        voxels = following  # the next ones are on their way while these are summed
+        following = _window(grad + tl.minimum(s + 1, stop - 1) * size, top, column, height, width, ROWS)
+        x_next = _rows(x + (s + 2) * size, top, height, width, s + 2 < last, ROWS)
         before = _add_taps(before, voxels, weights, 18, ROWS)
         _store_rows(x_grad + (s - 1) * size, before, top, height, width, s > first, ROWS)
         before = _add_taps(here, voxels, weights, 9, ROWS)
         here = _add_taps(nothing, voxels, weights, 0, ROWS)
         sums = _add_products(sums, voxels, x_before, x_here, x_after, ROWS)
-        x_before, x_here = x_here, x_after
+        x_before, x_here, x_after = x_here, x_after, x_next
     _store_rows(x_grad + (frames - 1) * size, before, top, height, width, last == frames, ROWS)
     number = tl.arange(0, 32)
     # A frame of grad before x is a tap that looks back; what was added up is in the order of the reversed taps.
@@ -227,15 +230,19 @@ def gated_depthwise(x, taps, gated, hidden, frames, height, width, parts, run, R
     value_taps = _taps(taps + (channel + hidden) * 27, False)
     nothing = _zeros(ROWS, LANES)
     a0, a1, b0, b1 = nothing, nothing, nothing, nothing
-    for s in range(tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)):
-        voxels = _window(x + s * size, top, column, height, width, ROWS)
+    start, stop = tl.maximum(first - 1, 0), tl.minimum(last + 1, frames)
+    following = _window(x + start * size, top, column, height, width, ROWS)
+    for s in range(start, stop):
+        # One half's voxels are on their way while the other's are summed.
+        voxels = following
+        values = _window(x + s * size + value_offset, top, column, height, width, ROWS)
         a0 = _add_taps(a0, voxels, gate_taps, 18, ROWS)
         a1 = _add_taps(a1, voxels, gate_taps, 9, ROWS)
         a2 = _add_taps(nothing, voxels, gate_taps, 0, ROWS)
-        voxels = _window(x + s * size + value_offset, top, column, height, width, ROWS)
-        b0 = _add_taps(b0, voxels, value_taps, 18, ROWS)
-        b1 = _add_taps(b1, voxels, value_taps, 9, ROWS)
-        b2 = _add_taps(nothing, voxels, value_taps, 0, ROWS)
+        following = _window(x + tl.minimum(s + 1, stop - 1) * size, top, column, height, width, ROWS)
+        b0 = _add_taps(b0, values, value_taps, 18, ROWS)
+        b1 = _add_taps(b1, values, value_taps, 9, ROWS)
+        b2 = _add_taps(nothing, values, value_taps, 0, ROWS)
         _store_gated(gated + (s - 1) * size, a0, b0, top, height, width, s > first, ROWS)
         a0, a1, b0, b1 = a1, a2, b1, b2
     _store_gated(gated + (frames - 1) * size, a0, b0, top, height, width, last == frames, ROWS)
