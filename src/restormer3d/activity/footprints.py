@@ -19,6 +19,7 @@ from restormer3d.arithmetic import float32_products
 from restormer3d.unets import FootprintNetwork, lag_one
 
 _TOGETHER = 48  # footprints that the network denoises at a time: two fields
+_LEAST_ENERGY = 1e-3  # of a pixel of a footprint, relative to its noise: what is weaker is not worth the time
 
 
 class Footprints(NamedTuple):
@@ -99,14 +100,19 @@ def apply_network(
 ) -> Tensor:
     """Denoise footprints once more, (fields, footprints, H, W), with the fields' static images (fields, H, W)."""
     height, width = static.shape[1:]
+    strong = inside.denoised.square().mean((2, 3)) > _LEAST_ENERGY
     beside = (x[:, None].expand_as(inside.noisy) for x in context(inside, static))
-    images = (x.reshape(-1, 1, height, width) for x in (inside.noisy, inside.denoised, *beside))
+    images = [x[strong].unsqueeze(1) for x in (inside.noisy, inside.denoised, *beside)]
+    better = inside.denoised.clone()
+    if not len(images[0]):
+        return better
     padded = [F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate") for x in images]
     known = torch.tensor([correlation], dtype=torch.float32, device=static.device).expand(len(padded[0]), -1)
     some = [x.split(_TOGETHER) for x in (*padded, known)]
     with float32_products("fp32"):
         denoised = torch.cat([network(*images) for images in zip(*some, strict=True)])
-    return denoised[:, 0, :height, :width].reshape(inside.noisy.shape)
+    better[strong] = denoised[:, 0, :height, :width]
+    return better
 
 
 def context(inside: Footprints, static: Tensor) -> tuple[Tensor, Tensor]:
