@@ -58,6 +58,34 @@ def test_a_pixel_has_no_part_in_the_choice_of_its_kind():
     assert (kinds[0] - kinds[1])[:, 5, 7].abs().max() > 0.2
 
 
+@pytest.mark.parametrize(
+    "widths", [((1.0, 3.0), (0.7, 2.0), (1.4, 2.0)), ((1.0, 3.0), (0.7, 2.0), ())], ids=["shared", "no relative ones"]
+)
+def test_filters_are_mixed_as_if_one_by_one(widths):
+    torch.manual_seed(0)
+    noisy = 50 + 20 * torch.rand(2, 1, 1, 7, 9) + torch.randn(2, 1, 10, 7, 9)
+    bank = filter_bank(noisy, background_of(noisy.mean(2, keepdim=True), 10), *widths)
+    rows = slice(2, 5)
+    moving = bank.moving(rows)
+    weights = torch.randn(2, 3, 9, 4, moving.shape[3])
+
+    torch.testing.assert_close(bank.mixed(rows, weights), weights @ moving, rtol=1e-4, atol=1e-4)
+
+
+def test_frames_are_filtered_alike_in_any_order():
+    torch.manual_seed(0)
+    noisy = 50 + torch.randn(1, 1, 10, 7, 9)
+    background = background_of(noisy.mean(2, keepdim=True), 10)
+    order = torch.tensor([0, 4, 8, 1, 5, 9, 2, 6, 9, 3, 7, 9])
+    plain, ordered = filter_bank(noisy, background, *WIDTHS), filter_bank(noisy, background, *WIDTHS, order)
+    rows = slice(0, 7)
+
+    torch.testing.assert_close(ordered.moving(rows), plain.moving(rows)[..., order])
+    torch.testing.assert_close(ordered.kinds, plain.kinds)
+    for found, expected in zip(ordered.evidence(rows), plain.evidence(rows), strict=True):
+        torch.testing.assert_close(found, expected[..., order])
+
+
 @pytest.mark.parametrize("sigma", [0.45, 1.0, 2.8, 11.2, 27.0])
 def test_gaussian_weights_are_normal_numbers_and_those_of_the_formula(sigma):
     matrix = gaussian_matrix(256, sigma, torch.zeros(1))

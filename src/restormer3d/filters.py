@@ -38,7 +38,7 @@ class FilterBank(NamedTuple):
     base : Tensor
         The static image, its details shrunk by their reliability, (B, 1, 1, H, W).
     fluctuation : Tensor
-        The window around the temporal mean, by pixel, (B, H, W, 1, T).
+        The window around the temporal mean, by pixel, (B, H, W, 1, T); T in the order of :func:`filter_bank`.
     averages : Tensor
         The same, averaged over time by each width, (B, H, W, averages, T).
     over_rows : Tensor
@@ -50,8 +50,8 @@ class FilterBank(NamedTuple):
     kinds : Tensor
         How far a pixel belongs to each kind, bright or dark, among lively neighbors or not, (B, KINDS, H, W); sums
         to 1. A pixel's own fluctuations have no part in it: else noise would choose the weights of noise.
-    light : Tensor
-        What the relative filters are relative to, (B, 1, 1, H, W), above 0.
+    gains : Tensor
+        What the relative filters multiply averages by, (B, sigmas_relative, H, W): light over its own average.
     deviation : Tensor
         Of the noise, (B, H, W, 1, 1).
     kept_noise : Tensor
@@ -67,7 +67,7 @@ class FilterBank(NamedTuple):
     still: Tensor
     still_evidence: Tensor
     kinds: Tensor
-    light: Tensor
+    gains: Tensor
     deviation: Tensor
     kept_noise: Tensor
     widths: tuple[float, ...]
@@ -83,28 +83,44 @@ class FilterBank(NamedTuple):
     def moving(self, rows: slice) -> Tensor:
         """What may be added frame by frame to pixels of some rows, (B, rows, W, N, T)."""
         smooth = {sigma: self._smooth(sigma, rows) for sigma in self.widths}
-        relative = [
-            _by_pixel(self.light / smooth_plane(self.light, sigma))[:, rows] * smooth[sigma]
-            for sigma in self.sigmas_relative
-        ]
+        gains = self._gains(rows).unsqueeze(4)
+        relative = [gains[:, :, :, i] * smooth[sigma] for i, sigma in enumerate(self.sigmas_relative)]
         return torch.cat([self.fluctuation[:, rows], *(smooth[sigma] for sigma in self.sigmas_xy), *relative], 3)
+
+    def mixed(self, rows: slice, weights: Tensor) -> Tensor:
+        """Sum :meth:`moving` with weights of each pixel (B, rows, W, M, N): (B, rows, W, M, T).
+
+        Averages that are taken as they are and relative to the static image differ by a pixel's factor only.
+        """
+        count = len(self.kept_noise)
+        own, plain, relative = weights.split([1, count * len(self.sigmas_xy), count * len(self.sigmas_relative)], 4)
+        relative = relative.unflatten(4, (len(self.sigmas_relative), count)) * self._gains(rows).unsqueeze(3)
+        of_width = dict(zip(self.sigmas_xy, plain.split(count, 4), strict=True))
+        for sigma, added in zip(self.sigmas_relative, relative.unbind(4), strict=True):
+            of_width[sigma] = of_width[sigma] + added if sigma in of_width else added
+        averages = [self._smooth(sigma, rows) for sigma in self.widths]
+        together = torch.cat([own, *(of_width[sigma] for sigma in self.widths)], 4)
+        return together @ torch.cat([self.fluctuation[:, rows], *averages], 3)
+
+    def _gains(self, rows: slice) -> Tensor:
+        """Gains of some rows by pixel, (B, rows, W, sigmas_relative, 1)."""
+        return self.gains[:, :, rows].permute(0, 2, 3, 1).unsqueeze(4)
 
     def evidence(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Fluctuations in units of their noise: at full resolution, and smoothed in the plane.
 
         (B, rows, W, 1 + averages, T) and (B, rows, W, L, T).
         """
+        per_noise = 1 / self.deviation[:, rows]
+        fine = torch.cat([self.fluctuation[:, rows], self.averages[:, rows] / self.kept_noise], 3) * per_noise
         h, w = self.fluctuation.shape[1:3]
-        deviation = self.deviation[:, rows]
-        in_noise = self.averages[:, rows] / (self.kept_noise * deviation)
         broad = [
-            self._smooth(sigma, rows)
-            / (self.kept_noise * (_plane_norm(h, w, sigma, deviation)[rows, :, None, None] * deviation))
+            self._smooth(sigma, rows) * (per_noise / _plane_norm(h, w, sigma, per_noise)[rows, :, None, None])
             for sigma in self.sigmas_xy
             if sigma > 1
         ]
-        fine = torch.cat([self.fluctuation[:, rows] / deviation, in_noise], 3)
-        return _asinh(fine), _asinh(torch.cat(broad, 3))
+        together = torch.cat(broad, 3).unflatten(3, (len(broad), -1)) / self.kept_noise
+        return _asinh(fine), _asinh(together.flatten(3, 4))
 
     def _smooth(self, sigma: float, rows: slice) -> Tensor:
         """Averages smoothed in the plane, (B, rows, W, averages, T)."""
@@ -119,6 +135,7 @@ def filter_bank(
     sigmas_t: tuple[float, ...],
     sigmas_xy: tuple[float, ...],
     sigmas_relative: tuple[float, ...],
+    order: Tensor | None = None,
 ) -> FilterBank:
     """Apply all filters to windows.
 
@@ -135,37 +152,45 @@ def filter_bank(
         Widths of the spatial averages, pixels.
     sigmas_relative : tuple of float
         Widths of the spatial averages relative to the static image, pixels.
+    order : Tensor, optional
+        Frames in the order in which what filters give of them is wanted, some of them twice if need be.
     """
-    b, _, t, h, w = x.shape
+    b, _, frames, h, w = x.shape
     mean, share, zero = background.split(1, dim=1)
     noise = noise_variance(x)
     base, details, detail_noise = shrunk_details(mean, noise * share)
-    temporal = torch.cat([gaussian_matrix(t, sigma, x) for sigma in sigmas_t])  # (averages * T, T)
+    averaging = [gaussian_matrix(frames, sigma, x) for sigma in sigmas_t]
     fluctuation = (x - mean)[:, 0].permute(0, 2, 3, 1).contiguous()  # (B, H, W, T)
+    temporal = torch.cat(averaging if order is None else [matrix[order] for matrix in averaging])  # (averages * T, T)
     averages = fluctuation @ temporal.T
     widths = tuple(dict.fromkeys((*sigmas_xy, *sigmas_relative)))
     down = torch.cat([gaussian_matrix(h, sigma, x) for sigma in widths])  # (widths * H, H)
     over_rows = torch.matmul(down, averages.flatten(2)).view(b, len(widths), h, w, -1)
-    averages = averages.view(b, h, w, len(sigmas_t), t)
+    averages = averages.view(b, h, w, len(sigmas_t), -1)
     light = base - zero
     light = light.clamp(min=0).add(0.02 * light.abs().mean((2, 3, 4), keepdim=True) + _EPS)
+    image = light[:, :, 0]
+    gains = torch.cat([image[:, :0], *(image / smooth_plane(image, sigma) for sigma in sigmas_relative)], 1)
     deviation = noise.sqrt()
-    kept_noise = temporal.square().sum(1).sqrt().view(len(sigmas_t), t)
+    kept_noise = temporal.square().sum(1).sqrt().view(len(sigmas_t), -1)
     middle = len(sigmas_t) // 2
-    lively = (averages[:, :, :, middle] / kept_noise[middle]).square().mean(3)[:, None, None] / noise
+    lively = (averages[:, :, :, middle] / kept_noise[middle]).square()
+    # Every frame counts once, also where it is there twice.
+    times = lively.new_full((frames,), frames) if order is None else (order[:, None] == order).sum(1) * frames
+    lively = (lively @ (1 / times.to(x.dtype)))[:, None, None] / noise
     brightness = torch.log(light / deviation)
     contrast = light / smooth_plane(light, 4.0) - 1
     count = -0.5 * torch.log(share)
     still_evidence = torch.cat([torch.asinh(details / detail_noise), contrast, brightness, count], 1)
     return FilterBank(
         base,
-        fluctuation.unsqueeze(3),
+        (fluctuation if order is None else fluctuation[..., order]).unsqueeze(3),
         averages,
         over_rows,
         details,
         still_evidence,
         _kinds(brightness, _activity(lively)),
-        light,
+        gains,
         _by_pixel(deviation),
         kept_noise,
         widths,
@@ -208,10 +233,9 @@ def own_noise(
     def plane(sigma: float) -> Tensor:
         return torch.outer(_own(h, sigma, over_rows, share), _own(w, sigma, over_columns, share))
 
-    light = bank.light[:, 0]
     spatial = [averages * plane(sigma) for sigma in sigmas_xy]
-    relative = [averages * plane(sigma) * (light / smooth_plane(light, sigma)) for sigma in sigmas_relative]
-    smooth = [torch.ones_like(light[0, 0]), *(plane(sigma) for sigma in _DETAIL_SIGMAS)]
+    relative = [averages * plane(sigma) * bank.gains[:, i, None] for i, sigma in enumerate(sigmas_relative)]
+    smooth = [share.new_ones(h, w), *(plane(sigma) for sigma in _DETAIL_SIGMAS)]
     still = torch.stack([fine - coarse for fine, coarse in pairwise(smooth)]) * in_mean
     return torch.cat([(1 - in_mean).expand(b, 1, h, w), *spatial, *relative, still], 1)
 

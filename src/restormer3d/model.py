@@ -223,36 +223,57 @@ class Restormer3D(nn.Module):
         modes = self.mixture_modes[:_LOCAL_MODES].expand(len(usual), -1, -1, -1)
         weights = torch.cat([usual.unsqueeze(1), modes], 1)
         not_in_bfloat16 = partial(torch.autocast, x.device.type, enabled=False)  # the filters are most of the result
+        order = _folded_order(x.shape[2], config.fold[0], x.device)
         with not_in_bfloat16():
-            bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative)
+            bank = filter_bank(x, background, config.sigmas_t, config.sigmas_xy, config.sigmas_relative, order)
             strips = bank.strips(config.fold[1])
             evidence = torch.cat([_folded_evidence(bank, rows, config.fold) for rows in strips], 3)
         features = _padded(self.unet.features, evidence).split(math.ceil(strips[0].stop / config.fold[1]), 3)
         changes = []
         for rows, cells in zip(strips, features, strict=True):
-            along = _unfolded_by_pixel(self.unet.output(cells).to(x.dtype), config.fold)
+            along = self._along(cells).to(x.dtype)
             with not_in_bfloat16():
-                mixed = _mixed(bank, rows, weights)  # (B, rows, W, 1 + modes, T)
-                along = along[:, : mixed.shape[1], : mixed.shape[2], :, : mixed.shape[4]]
-                changes.append(mixed[..., 0, :] + (along * mixed[..., 1:, :]).sum(3))
-        return bank.base + torch.cat(changes, 1).permute(0, 3, 1, 2).unsqueeze(1)
+                mixed = _cells(_mixed(bank, rows, weights), config.fold)  # (B, r, W/fw, fh, fw, 1 + modes, T)
+                change = mixed[..., 0, :] + (along * mixed[..., 1:, :]).sum(5)
+                changes.append(change.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : rows.stop - rows.start])
+        change = torch.cat(changes, 1)[:, :, : x.shape[4]].unflatten(3, (config.fold[0], -1))  # (B, H, W, ft, T/ft)
+        return bank.base + change.permute(0, 4, 3, 1, 2).flatten(1, 2)[:, : x.shape[2]].unsqueeze(1)
+
+    def _along(self, cells: Tensor) -> Tensor:
+        """How far to go along each mode, from features (B, C, T/ft, r, W/fw): (B, r, W/fw, fh, fw, modes, T).
+
+        Frames are in the order of :func:`_folded_order`.
+        """
+        b, channels, t, rows, columns = cells.shape
+        ft, fh, fw = self.config.fold
+        weight = self.unet.output.weight.view(_LOCAL_MODES, ft, fh, fw, channels).permute(2, 3, 0, 1, 4)
+        by_cell = cells.permute(0, 3, 4, 1, 2).reshape(-1, channels, t)
+        along = weight.reshape(1, -1, channels).expand(len(by_cell), -1, -1) @ by_cell
+        return along.view(b, rows, columns, fh, fw, _LOCAL_MODES, ft * t)
+
+
+def _folded_order(frames: int, factor: int, device: torch.device) -> Tensor:
+    """Frames in the order in which :func:`fold` puts them into channels: every `factor`-th from the first one on, ...
+
+    The last one is repeated until there is a multiple of `factor`.
+    """
+    cells = torch.arange(-(-frames // factor), device=device) * factor
+    return (torch.arange(factor, device=device)[:, None] + cells).flatten().clamp(max=frames - 1)
 
 
 def _mixed(bank: FilterBank, rows: slice, weights: Tensor) -> Tensor:
     """Sum the filters at some rows with each of the weights (B, M, N, KINDS): (B, rows, W, M, T), by pixel."""
     per_pixel = torch.einsum("bmnk,bkhw->bhwmn", weights, bank.kinds[:, :, rows])
-    moving = bank.moving(rows)
-    mixed = per_pixel[..., : moving.shape[3]] @ moving
-    mixed += per_pixel[..., moving.shape[3] :] @ bank.still[:, :, :, rows].permute(0, 3, 4, 1, 2)
+    moving, still = per_pixel.split([per_pixel.shape[4] - DETAILS, DETAILS], 4)
+    mixed = bank.mixed(rows, moving)
+    mixed += still @ bank.still[:, :, :, rows].permute(0, 3, 4, 1, 2)
     return mixed
 
 
-def _unfolded_by_pixel(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
-    """Undo :func:`fold`, and order by pixel: (B, C*ft*fh*fw, T/ft, H/fh, W/fw) to (B, H, W, C, T)."""
-    b, c, t, h, w = x.shape
-    ft, fh, fw = factors
-    x = x.reshape(b, c // (ft * fh * fw), ft, fh, fw, t, h, w)
-    return x.permute(0, 6, 3, 7, 4, 1, 5, 2).reshape(b, h * fh, w * fw, c // (ft * fh * fw), t * ft)
+def _cells(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """Put pixels (B, rows, W, ...) that share a cell side by side: (B, rows/fh, W/fw, fh, fw, ...)."""
+    x = _filled(x, {1: factors[1], 2: factors[2]})
+    return x.unflatten(2, (-1, factors[2])).unflatten(1, (-1, factors[1])).transpose(2, 3)
 
 
 def fold(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
@@ -272,15 +293,18 @@ def unfold(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
 
 
 def _folded_evidence(bank: FilterBank, rows: slice, factors: tuple[int, int, int]) -> Tensor:
-    """What the network sees of some rows, (B, C, T/ft, rows/fh, W/fw): the finer, the more of it in channels."""
+    """What the network sees of some rows, (B, C, T/ft, rows/fh, W/fw): the finer, the more of it in channels.
+
+    The bank's frames are in the order of :func:`_folded_order`.
+    """
     ft, fh, fw = factors
-    evidence, broad = (_filled(x, {1: fh, 2: fw, 4: ft}) for x in bank.evidence(rows))  # (B, rows, W, C, T)
-    still = _filled(bank.still_evidence[:, :, :, rows], {3: fh, 4: fw})
-    fine = fold(evidence[:, :, :, :2].permute(0, 3, 4, 1, 2), factors)
-    slow = fold(_averaged(evidence[:, :, :, 2:], ft).permute(0, 3, 4, 1, 2), (1, fh, fw))
-    broad = _averaged(broad, ft).unflatten(2, (-1, fw)).unflatten(1, (-1, fh)).mean((2, 4)).permute(0, 3, 4, 1, 2)
-    still = fold(still, (1, fh, fw)).expand(-1, -1, fine.shape[2], -1, -1)
-    return torch.cat([fine, slow, broad, still], 1)
+    evidence, broad = (_cells(x, factors).unflatten(6, (ft, -1)) for x in bank.evidence(rows))
+    # (B, r, W/fw, fh, fw, C, ft, T/ft) to (B, C, ..., T/ft, r, W/fw)
+    fine = evidence[..., :2, :, :].permute(0, 5, 6, 3, 4, 7, 1, 2).flatten(1, 4)
+    slow = evidence[..., 2:, :, :].mean(6).permute(0, 5, 3, 4, 6, 1, 2).flatten(1, 3)
+    broad = broad.mean(6).mean((3, 4)).permute(0, 3, 4, 1, 2)
+    still = fold(_filled(bank.still_evidence[:, :, :, rows], {3: fh, 4: fw}), (1, fh, fw))
+    return torch.cat([fine, slow, broad, still.expand(-1, -1, fine.shape[2], -1, -1)], 1)
 
 
 def _filled(x: Tensor, factors: dict[int, int]) -> Tensor:
@@ -289,11 +313,6 @@ def _filled(x: Tensor, factors: dict[int, int]) -> Tensor:
         last = x.narrow(axis, x.shape[axis] - 1, 1)
         x = torch.cat([x, *[last] * (-x.shape[axis] % factor)], axis) if x.shape[axis] % factor else x
     return x
-
-
-def _averaged(x: Tensor, factor: int) -> Tensor:
-    """Mean of every `factor` entries along the last axis; in one dimension, which every device has."""
-    return F.avg_pool1d(x.reshape(-1, 1, x.shape[-1]), factor).view(*x.shape[:-1], -1)
 
 
 def _conv_weight(out_channels: int, in_channels: int, size: int) -> nn.Parameter:
