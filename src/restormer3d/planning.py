@@ -32,11 +32,13 @@ _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is 
 _TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at most
 _VOXEL_BYTES = 200  # that the default network computes a voxel of a large window with on a CPU
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
-_STATIC_IMAGE = 16.0  # time to denoise a pixel of the static image, relative to the network's for a voxel
-_FOOTPRINTS = 170.0  # time for footprints of a chunk of frames, for a pixel, relative to the network's for a voxel
-_COURSES = 0.07  # time for courses, relative to the network's for as many voxels
-_FIELDS = 0.1  # time to take fields apart, for footprints and for courses, relative to the network's for as many voxels
-_COMPONENTS = 0.7  # time to take a stack apart into components, relative to the network's for as many voxels
+# What the steps after the network take, relative to the network's time for a voxel: on two CPU cores, on recordings of
+# 96 to 256 pixels a side, rather too much than too little.
+_STATIC_IMAGE = 25.0  # to denoise a pixel of the static image
+_FOOTPRINTS = 200.0  # for footprints of a chunk of frames, for a pixel
+_COURSES = 0.15  # for courses, for a voxel
+_FIELDS = 0.25  # to take fields apart, for footprints and for courses, for a voxel
+_COMPONENTS = 1.0  # to take a stack apart into components, for a voxel
 
 
 @dataclass(frozen=True)
