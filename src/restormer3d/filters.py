@@ -8,7 +8,7 @@ temporal mean, which keeps the edges of the static image sharp. All filters are 
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
+from itertools import combinations_with_replacement, pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,12 @@ _STRIP_VOXELS = 2**16  # of the rows of pixels that are looked at together
 
 KINDS = len(_BRIGHTNESS_KNOTS) * len(_ACTIVITY_KNOTS)
 """Kinds of pixels that a fixed mixture of filters tells apart."""
+NEIGHBORING_KINDS = tuple(
+    (a, b)
+    for a, b in combinations_with_replacement(range(KINDS), 2)
+    if max(abs(i - j) for i, j in zip(*(divmod(kind, len(_ACTIVITY_KNOTS)) for kind in (a, b)), strict=True)) <= 1
+)
+"""Pairs of kinds (a, b), a <= b, that a pixel may belong to at once."""
 DETAILS = len(_DETAIL_SIGMAS)
 """Details that the static image is taken apart into."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from restormer3d.arithmetic import float64_device
-from restormer3d.filters import filter_bank, noise_variance, own_noise, pixel_variance
+from restormer3d.filters import KINDS, NEIGHBORING_KINDS, filter_bank, noise_variance, own_noise, pixel_variance
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
 from restormer3d.tiling import window_starts
@@ -202,29 +202,35 @@ def _window_sums(model: Restormer3D, source: TrainingStack, place: list[slice], 
     by_noise = frames * share * variance.unsqueeze(2) if target is source.stack else torch.zeros_like(share)
     missing = (wanted - bank.base)[0, 0].permute(1, 2, 0).unsqueeze(3)  # (H, W, T, 1)
     kinds, still = (values.permute(1, 2, 0) for values in (bank.kinds[0], bank.still[0, :, 0]))
-    total = None
+    products = targets = of_own = _float64(kinds.new_zeros(()))
     for rows in bank.strips(1):
         filters = torch.cat([bank.moving(rows)[0], still[rows].unsqueeze(3).expand(-1, -1, -1, frames)], 2)
-        targets = ((filters @ missing[rows]).squeeze(3) - by_noise[rows]) * weight[rows].unsqueeze(2)
+        shared = ((filters @ missing[rows]).squeeze(3) - by_noise[rows]) * weight[rows].unsqueeze(2)
         of_kind = _float64(kinds[rows].flatten(0, 1))  # (pixels, K)
         at = _float64(weight[rows].flatten())
-        sums = _Sums(
-            _by_kind(filters.flatten(0, 1), of_kind, at),
-            (_float64(targets.flatten(0, 1).T) @ of_kind).flatten(),
-            _by_kind(own[rows].flatten(0, 1).unsqueeze(2), of_kind, torch.ones_like(at)),
-            int(rows.start == 0),
-        )
-        total = sums if total is None else total + sums
-    assert total is not None
-    return _Sums(total.products.cpu(), total.targets.cpu(), total.own.cpu(), total.windows)
+        products = _by_pair(filters.flatten(0, 1), of_kind, at) + products
+        targets = (_float64(shared.flatten(0, 1).T) @ of_kind).flatten() + targets
+        of_own = _by_pair(own[rows].flatten(0, 1).unsqueeze(2), of_kind, torch.ones_like(at)) + of_own
+    return _Sums(_of_all_pairs(products.cpu()), targets.cpu(), _of_all_pairs(of_own.cpu()), 1)
 
 
-def _by_kind(values: Tensor, kinds: Tensor, weight: Tensor) -> Tensor:
-    """Sum products of values (pixels, N, T) over frames and, each with each kind, over pixels; (N K, N K)."""
-    count, each = values.shape[1], kinds.shape[1]
+def _by_pair(values: Tensor, kinds: Tensor, weight: Tensor) -> Tensor:
+    """Sum products of values (pixels, N, T) over frames and, times both of a pair of kinds, over pixels: (pairs, N N).
+
+    Other pairs of kinds have no pixel.
+    """
     products = _float64((values @ values.transpose(1, 2)).flatten(1))
-    pairs = (kinds[:, :, None] * kinds[:, None, :] * weight[:, None, None]).flatten(1)
-    return (pairs.T @ products).view(each, each, count, count).permute(2, 0, 3, 1).reshape(count * each, -1)
+    first, second = torch.tensor(NEIGHBORING_KINDS, device=kinds.device).T
+    return (kinds[:, first] * kinds[:, second] * weight.unsqueeze(1)).T @ products
+
+
+def _of_all_pairs(sums: Tensor) -> Tensor:
+    """From (pairs, N N) to (N K, N K)."""
+    count = math.isqrt(sums.shape[1])
+    first, second = torch.tensor(NEIGHBORING_KINDS, device=sums.device).T
+    together = sums.new_zeros(KINDS, KINDS, count, count)
+    together[first, second] = together[second, first] = sums.unflatten(1, (count, count))
+    return together.permute(2, 0, 3, 1).reshape(count * KINDS, -1)
 
 
 def _float64(values: Tensor) -> Tensor:
