@@ -65,6 +65,21 @@ def test_activity_is_part_of_the_time_of_each_chunk(part):
     assert 0 < seconds(200) < seconds(2000)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_what_brings_least_is_left_out_before_the_network_is(count):
+    chosen, shape, speed, cpu = settings(), (1200, 512, 512), Calibration(0.6, 2.0), torch.device("cpu")
+    without = ["footprints", "courses", "components"][:count]
+    bare = chosen.inference.model_copy(update=dict.fromkeys(without, False) | {"overlap_t": 0.0, "overlap_xy": 0.0})
+    untrained = chosen.training.model_copy(update={"iterations": 0})
+    seconds = 1.2 * estimate(replace(chosen, inference=bare, training=untrained), shape, speed, cpu)[0]
+
+    planned, note = fit_to_time(chosen, shape, speed, seconds)
+
+    assert [part for part in ("footprints", "courses", "components") if not getattr(planned.inference, part)] == without
+    assert note.endswith(f"without {' and '.join(without)}" if without else "in the plane")
+    assert estimate(planned, shape, speed, cpu)[0] < seconds
+
+
 def test_too_little_time_is_said():
     planned, note = fit_to_time(settings("published"), SHAPE, Calibration(1.0, 100.0), 10.0)
     assert "not suffice" in note

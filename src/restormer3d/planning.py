@@ -28,6 +28,8 @@ from restormer3d.training import fit
 
 # Overlaps in time and in the plane, from what was asked for down to none: what --time-limit may choose from.
 _OVERLAPS = ((1.0, 1.0), (0.5, 0.5), (0.5, 0.25), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0), (0.0, 0.0))
+# What is left out where even without overlap the time would not suffice: first what brings least for its time.
+_SPARED = ("footprints", "courses", "components")
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at most
 _VOXEL_BYTES = 200  # that the default network computes a voxel of a large window with on a CPU
@@ -110,12 +112,13 @@ def fit_to_time(
 ) -> tuple[Settings, str]:
     """Reduce overlap and iterations, never below what the time forces, so that a stack ends within `seconds`.
 
-    Overlap is given up first where inference would take more than half of the time, then iterations.
+    Overlap is given up first where inference would take more than half of the time, then iterations, then steps after
+    the network.
 
     Returns
     -------
     Settings
-        The same, or with less overlap and fewer iterations.
+        The same, or with less overlap, fewer iterations and fewer steps.
     str
         What was chosen, for the user; empty if the whole recipe fits.
     """
@@ -134,6 +137,12 @@ def fit_to_time(
         inference_time = _inference_seconds(shape, inference, calibration)
         if inference_time <= max(budget / 2, budget - training_time):
             break
+    spared = []
+    for part in _SPARED:
+        if inference_time > budget and getattr(inference, part):
+            spared.append(part)
+            inference = inference.model_copy(update={part: False})
+            inference_time = _inference_seconds(shape, inference, calibration)
     affordable = max(0, int((budget - inference_time) / max(calibration.seconds_per_iteration, 1e-9)))
     if inference == chosen.inference and affordable >= total:
         return chosen, ""
@@ -141,6 +150,8 @@ def fit_to_time(
     done = training.warmup_iterations + training.iterations
     overlaps = f"overlap {inference.overlap_t:g} in time and {inference.overlap_xy:g} in the plane"
     note = f"to end within {max(0.0, seconds) / 60:.1f} min: {done} of {total} iterations, {overlaps}"
+    if spared:
+        note += f", without {' and '.join(spared)}"
     if inference_time > budget:
         note += "; even so the time will not suffice on this machine"
     return replace(chosen, training=training, inference=inference), note
