@@ -166,16 +166,17 @@ def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Cal
 def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
     window = window_size(shape, inference)
     windows = float(inference.symmetries * count_windows(shape, inference))
-    if inference.components:
-        windows = 2 * windows + _COMPONENTS * math.prod(shape) / math.prod(window)
     depth = chunk_frames(shape)
+    chunks = len(window_starts(shape[0], depth, CHUNK_OVERLAP))  # they overlap: of a long stack most frames are in two
+    each = math.prod(shape[1:]) / math.prod(window)
+    if inference.components:
+        windows = 2 * windows + _COMPONENTS * chunks * depth * each
     if inference.components and depth >= FIELD_FRAMES:
-        chunks = len(window_starts(shape[0], depth, CHUNK_OVERLAP))
         voxels = inference.footprints * _FOOTPRINTS + (inference.footprints + inference.courses) * _FIELDS * depth
         voxels += inference.courses * _COURSES * depth
-        windows += voxels * chunks * math.prod(shape[1:]) / math.prod(window)
+        windows += voxels * chunks * each
     if inference.static_image or inference.footprints:
-        windows += _STATIC_IMAGE * math.prod(shape[1:]) / math.prod(window)
+        windows += _STATIC_IMAGE * each
     if inference.static_image and not is_held(shape):
         windows += SAMPLE_FRAMES / window[0] * count_windows((SAMPLE_FRAMES, *shape[1:]), inference)
     return windows * calibration.seconds_per_window
