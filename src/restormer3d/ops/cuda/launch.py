@@ -30,7 +30,7 @@ _BACK_IN_ONE = 64  # channels of an input up to which one kernel goes back from 
 _ROWS = 32  # of a matrix, in a program at a time
 _MANY = 2**17  # voxels, enough to keep a GPU busy with large tiles
 _FUSED = {"enable_fp_fusion": True}  # products and sums in one instruction; from Triton 3.10 on not the default
-# Of kernels that go back through a product: of 32 channels, by the count of registers, three programs fit on a processor.
+# Of kernels that go back through a product: so few registers that three programs of 32 channels fit on a processor.
 _BACKWARD = {"VOXELS": 64, "STEP": 16, "SUM_VOXELS": 32, "num_warps": 4, "num_stages": 3}
 _LENGTH_EPS = 1e-12  # of torch.nn.functional.normalize
 
