@@ -70,12 +70,27 @@ def _fits(*tensors: Tensor) -> bool:
     return x.numel() > 0 and not autocast and all(t.dtype == torch.float32 for t in tensors)
 
 
+def _hidden(x: Tensor, norm_weight: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1 / the standard deviation of x (B, C, T, H, W), and the 1x1x1 convolution of its LayerNorm."""
+    scale, hidden = launch.normalized_product(weight.flatten(1), norm_weight, x.flatten(2))
+    return scale, hidden.unflatten(2, x.shape[2:])
+
+
+def _hidden_backward(
+    x: Tensor, grad: Tensor, scale: Tensor, hidden_grad: Tensor, norm_weight: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x (the residual's included), of LayerNorm's weight and of the 1x1x1 weight."""
+    x_grad, matrix_grad, norm_grad = launch.normalized_product_backward(
+        x.flatten(2), scale, hidden_grad.flatten(2), weight.flatten(1), norm_weight, grad.flatten(2)
+    )
+    return x_grad.view_as(x), norm_grad, matrix_grad.view_as(weight)
+
+
 class _Gdfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         x, norm_weight, project_in, dwconv, project_out = inputs
-        scale, hidden = launch.normalized_product(project_in.flatten(1), norm_weight, x.flatten(2))
-        hidden = hidden.unflatten(2, x.shape[2:])
+        scale, hidden = _hidden(x, norm_weight, project_in)
         ctx.save_for_backward(*inputs, scale, hidden)
         gated = launch.gated_depthwise(hidden, dwconv).flatten(2)
         return product(project_out.flatten(1), gated, residual=x.flatten(2)).view_as(x)
@@ -90,24 +105,15 @@ class _Gdfn(torch.autograd.Function):
         gate_grad, out_grad = launch.gated_depthwise_backward(hidden, dwconv, project_out.flatten(1), grad.flatten(2))
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, gate_grad, dwconv)
         del hidden, gate_grad
-        x_grad, in_grad, norm_grad = launch.normalized_product_backward(
-            x.flatten(2), scale, hidden_grad.flatten(2), project_in.flatten(1), norm_weight, grad.flatten(2)
-        )
-        return (
-            x_grad.view_as(x),
-            norm_grad,
-            in_grad.view_as(project_in),
-            tap_grad,
-            out_grad.view_as(project_out),
-        )
+        into_hidden = _hidden_backward(x, grad, scale, hidden_grad, norm_weight, project_in)
+        return *into_hidden, tap_grad, out_grad.view_as(project_out)
 
 
 class _Mdta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         x, norm_weight, qkv, dwconv, temperature, project_out = inputs
-        scale, hidden = launch.normalized_product(qkv.flatten(1), norm_weight, x.flatten(2))
-        hidden = hidden.unflatten(2, x.shape[2:])
+        scale, hidden = _hidden(x, norm_weight, qkv)
         mixture, squares = launch.depthwise(hidden, dwconv, with_squares=True)
         q, k, v = mixture.flatten(2).chunk(3, dim=1)
         products = outer_products(q, k, heads=temperature.numel())
@@ -134,13 +140,8 @@ class _Mdta(torch.autograd.Function):
         del mixture, kept
         hidden_grad, tap_grad = launch.depthwise_backward(hidden, mixture_grad.view_as(hidden), dwconv)
         del hidden, mixture_grad
-        x_grad, qkv_grad, norm_grad = launch.normalized_product_backward(
-            x.flatten(2), scale, hidden_grad.flatten(2), qkv.flatten(1), norm_weight, grad.flatten(2)
-        )
         return (
-            x_grad.view_as(x),
-            norm_grad,
-            qkv_grad.view_as(qkv),
+            *_hidden_backward(x, grad, scale, hidden_grad, norm_weight, qkv),
             tap_grad,
             temperature_grad.view_as(temperature),
             out_grad.view_as(project_out),
