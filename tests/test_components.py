@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d.activity import components
-from restormer3d.activity.components import LEAST_FRAMES, AddedNoise, refine_by_components
+from restormer3d.activity import chunks, components
+from restormer3d.activity.chunks import LEAST_FRAMES
+from restormer3d.activity.components import AddedNoise, refine_by_components
 from restormer3d.arithmetic import torch_device
 from restormer3d.baselines import gaussian_frames
 from restormer3d.denoising import start_denoising
@@ -162,7 +163,7 @@ def test_long_stacks_are_taken_in_chunks(scene, monkeypatch):
             return added.stack[frames]
 
     depth = 40
-    monkeypatch.setattr(components, "_CHUNK_VOXELS", depth * SHAPE[1] * SHAPE[2])
+    monkeypatch.setattr(chunks, "_CHUNK_VOXELS", depth * SHAPE[1] * SHAPE[2])
     watched = AddedNoise(Watched(), added.variance)
     noisier = smooth(added)
     out = np.stack(list(refine_by_components(smooth(added.stack), noisier, watched)))

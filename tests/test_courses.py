@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d.activity import components
+from restormer3d.activity import chunks
 from restormer3d.activity.courses import (
     apply_network,
     as_varied,
@@ -274,6 +274,6 @@ def test_denoising_uses_them(monkeypatch):
     assert record["courses"] is not None
     _, record = denoised(FIELD_FRAMES - 1)
     assert record["courses"] is None
-    monkeypatch.setattr(components, "_CHUNK_VOXELS", (FIELD_FRAMES - 1) * 64 * 64)  # so large are frames
+    monkeypatch.setattr(chunks, "_CHUNK_VOXELS", (FIELD_FRAMES - 1) * 64 * 64)  # so large are frames
     _, record = denoised()
     assert record["courses"] is record["footprints"] is None

@@ -14,7 +14,7 @@ from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.static_image import denoise_mean, restored, stabilized
+from restormer3d.static_image import denoise_change, denoise_mean, restored, stabilized
 from restormer3d.unets import ImageNetwork
 
 NETWORK = small_network(ImageNetwork)
@@ -103,9 +103,29 @@ def test_only_the_static_part_of_a_stack_changes(scene, monkeypatch):
     truth = scene[:].mean(0)
     assert error(out.mean(0), truth) < 0.95 * error(without.mean(0), truth)
 
-    monkeypatch.setattr("restormer3d.activity.components._CHUNK_VOXELS", 40 * 64 * 64)  # too long to be held
+    monkeypatch.setattr("restormer3d.activity.chunks._CHUNK_VOXELS", 40 * 64 * 64)  # too long to be held
     long = denoised()
-    assert error(long.mean(0), truth) < 0.97 * error(denoised(static_image=False).mean(0), truth)
+    assert error(long.mean(0), truth) < 1.05 * error(out.mean(0), truth)
+    without_components = denoised(components=False)
+    assert error(without_components.mean(0), truth) < 1.05 * error(out.mean(0), truth)
+    assert error(long, scene[:]) < 0.97 * error(denoised(static_image=False), scene[:])
+
+
+def test_what_a_part_of_a_stack_has_of_its_own():
+    rng, (y, x) = np.random.default_rng(3), np.mgrid[:64, :64]
+    truth = sum(
+        a * np.exp(-((y - v) ** 2 + (x - u) ** 2) / 10) for a, v, u in ((40, 12, 30), (-25, 40, 50), (15, 50, 10))
+    )
+    deviation = np.linspace(5, 20, 64)
+    left = deviation * np.sqrt(1 / 100 - 1 / 1000)
+    noisy = truth + left * rng.standard_normal((64, 64))
+    variance = np.broadcast_to(deviation**2, (64, 64))
+    out = denoise_change(noisy, variance, (100, 1000), WHITE, NETWORK)
+    assert error(out, truth) < 0.25 * error(noisy, truth)
+    for frames, noise in (((100, 100), variance), ((100, 1000), np.zeros((64, 64)))):
+        np.testing.assert_allclose(denoise_change(noisy, noise, frames, WHITE, NETWORK), noisy, rtol=1e-6)
+    strong = 1000 * np.where((y // 3 + x // 3) % 2, 1.0, -1.0)  # more than noise is not taken away
+    np.testing.assert_allclose(denoise_change(strong, variance, (100, 1000), WHITE, NETWORK), strong, atol=10)
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.1, 3.0])

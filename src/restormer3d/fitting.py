@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,14 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from restormer3d.activity.components import (
-    LEAST_FRAMES,
-    AddedNoise,
-    Step,
-    chunk_frames,
-    is_held,
-    refine_by_components,
-)
+from restormer3d.activity.chunks import LEAST_FRAMES, chunk_frames, in_chunks
+from restormer3d.activity.components import AddedNoise, MeanImage, Step, refine_by_components
 from restormer3d.activity.courses import denoise_courses
 from restormer3d.activity.fields import FIELD_FRAMES
 from restormer3d.activity.footprints import denoise_footprints
@@ -41,7 +35,7 @@ from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate,
 from restormer3d.progress import Progress, Say
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, networks_record, weights_record
-from restormer3d.static_image import SAMPLE_FRAMES, denoise_mean, stabilized
+from restormer3d.static_image import denoise_change, denoise_mean, stabilized
 from restormer3d.training import fit
 from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork
 from restormer3d.views import SomeFrames
@@ -185,27 +179,25 @@ def _denoised_frames(
     frames = denoise(source.stack, progress=progress)
     parts = chosen.inference
     added = _added_noise(source, noise, measured, say) if parts.components else None
-    static = None
+    static, mean_image = None, None
     if parts.static_image or parts.footprints:
-        still = partial(
-            denoise_mean,
-            noise=noise,
-            correlation=source.noise_correlation,
-            network=small_network(ImageNetwork, chosen.networks),
-            device=device,
-        )
-        count = source.stack.shape[0]
-        static = still(source.normalization.invert(source.mean), frames=count)
+        still = {"correlation": source.noise_correlation, "device": device}
+        still["network"] = small_network(ImageNetwork, chosen.networks)
+        count, mean = source.stack.shape[0], source.normalization.invert(source.mean)
+        static = denoise_mean(mean, noise, count, **still)
         if images is not None and parts.static_image:
-            images = np.stack([still(image, frames=count // len(images)) for image in images])
+            images = np.stack([denoise_mean(image, noise, count // len(images), **still) for image in images])
+        if parts.static_image:
+            variance = added.variance if added else noise.variance(mean)
+            mean_image = _mean_image(static, mean, variance, count, still)
+    if added is None and mean_image is not None:
+        frames = _with_means(frames, source.stack, mean_image)
     steps = _activity_steps(chosen, added, static, noise, float64_device(device), say) if added else {}
     if added is not None:
-        frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()))
-    if static is not None and parts.static_image:
-        frames = _with_static_image(frames, denoise, source, static)
+        frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()), mean_image)
     if images is not None:
         frames = put_back(frames, differences_of(images))
-    done = {*steps, "static_image"} if static is not None and parts.static_image else set(steps)
+    done = {*steps, "static_image"} if mean_image is not None else set(steps)
     asked = networks_record(chosen)
     networks = {step: asked[step] if step in done else None for step in ("footprints", "courses", "static_image")}
     return frames, {"components": added is not None} | networks
@@ -300,30 +292,27 @@ def _added_noise(
     return AddedNoise(source.stack, variance, source.noise_correlation)
 
 
-def _with_static_image(
-    frames: Iterator[np.ndarray],
-    denoise: Callable[[Any], Iterator[np.ndarray]],
-    source: TrainingStack,
-    static: np.ndarray,
-) -> Iterator[np.ndarray]:
-    """Replace what denoised frames have in common by the denoised temporal mean of the stack, `static`.
+def _mean_image(
+    static: np.ndarray, mean: np.ndarray, variance: np.ndarray, count: int, still: dict[str, Any]
+) -> MeanImage:
+    """What denoises the mean (H, W) of some of `count` frames: `static` instead of `mean`, and their own change."""
 
-    What they have in common is their mean. Of a stack too long to be held, it is what `denoise` makes of some frames
-    after their mean has been shifted to that of the stack.
-    """
-    stack = source.stack
-    if is_held(stack.shape):
-        held = np.empty(stack.shape, np.float32)
-        for t, frame in enumerate(frames):
-            held[t] = frame
-        frames, common = (held[t] for t in range(len(held))), np.asarray(held.mean(0, np.float64))
-    else:
-        first = max(0, (stack.shape[0] - SAMPLE_FRAMES) // 2)
-        some = stack[first : first + SAMPLE_FRAMES].astype(np.float32)
-        some += source.normalization.invert(source.mean) - some.mean(0, np.float64)
-        common = np.asarray(np.stack(list(denoise(some))).mean(0))
-    change = static - common
-    yield from (frame + change for frame in frames)
+    def denoised(of_some: np.ndarray, frames: int) -> np.ndarray:
+        if frames == count:
+            return static
+        return static + denoise_change(of_some - mean, variance, (frames, count), **still)
+
+    return denoised
+
+
+def _with_means(frames: Iterator[np.ndarray], stack: Any, mean_image: MeanImage) -> Iterator[np.ndarray]:
+    """Replace the mean of denoised frames (H, W), chunk by chunk."""
+
+    def change(start: int, denoised: np.ndarray) -> np.ndarray:
+        recorded = stack[start : start + len(denoised)].mean(0, dtype=np.float64)
+        return denoised + (mean_image(recorded, len(denoised)) - denoised.mean(0, dtype=np.float64)).astype(np.float32)
+
+    return in_chunks(((frame,) for frame in frames), stack.shape, change)
 
 
 def _source(stack: Any, measured: np.ndarray | None, chosen: Settings, say: Say) -> tuple[TrainingStack, NoiseEstimate]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from restormer3d.activity.components import CHUNK_OVERLAP, chunk_frames, is_held
+from restormer3d.activity.chunks import chunk_frames, count_chunks
 from restormer3d.activity.fields import FIELD_FRAMES
 from restormer3d.arithmetic import autocast, float32_products, usable
 from restormer3d.config import InferenceConfig, Precision, TrainingConfig
@@ -22,8 +22,6 @@ from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
 from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
 from restormer3d.settings import Settings
-from restormer3d.static_image import SAMPLE_FRAMES
-from restormer3d.tiling import window_starts
 from restormer3d.training import fit
 
 # Overlaps in time and in the plane, from what was asked for down to none: what --time-limit may choose from.
@@ -167,7 +165,7 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     window = window_size(shape, inference)
     windows = float(inference.symmetries * count_windows(shape, inference))
     depth = chunk_frames(shape)
-    chunks = len(window_starts(shape[0], depth, CHUNK_OVERLAP))  # they overlap: of a long stack most frames are in two
+    chunks = count_chunks(shape)  # they overlap: of a long stack most frames are in two
     each = math.prod(shape[1:]) / math.prod(window)
     if inference.components:
         windows = 2 * windows + _COMPONENTS * chunks * depth * each
@@ -177,8 +175,8 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
         windows += voxels * chunks * each
     if inference.static_image or inference.footprints:
         windows += _STATIC_IMAGE * each
-    if inference.static_image and not is_held(shape):
-        windows += SAMPLE_FRAMES / window[0] * count_windows((SAMPLE_FRAMES, *shape[1:]), inference)
+    if inference.static_image and chunks > 1:  # what the mean of each has of its own
+        windows += _STATIC_IMAGE * chunks * each
     return windows * calibration.seconds_per_window
 
 
@@ -203,8 +201,8 @@ def estimate(
     held = 4 * window[0]
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + (7 + (inference.footprints or inference.courses)) * chunk_frames(shape)
-    if inference.static_image:
-        held += shape[0] if is_held(shape) else 3 * SAMPLE_FRAMES
+    elif inference.static_image:
+        held += 3 * chunk_frames(shape)
     buffers = held * frames
     if device.type == "cpu":  # the calibration has just run, but for the part of the window that it did not time
         beyond = inference.batch_size * (math.prod(window) - math.prod(min(side, _TIMED_SIDE) for side in window))

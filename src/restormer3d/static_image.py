@@ -10,15 +10,13 @@ import copy
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from restormer3d.activity.fields import trust
+from restormer3d.activity.fields import least_deviation, trust
 from restormer3d.arithmetic import float64_device
 from restormer3d.filters import smooth_plane
 from restormer3d.noise import NoiseEstimate
 from restormer3d.unets import ImageNetwork, denoise_image, lag_one
-
-SAMPLE_FRAMES = 64
-"""Of a stack too long to be held: they show what its denoised frames have in common."""
 
 _NEAR = 6.0  # pixels over which it is looked at whether the network took away more than noise
 _LEAST_NOISE = 1e-6  # relative to the image's variance
@@ -66,14 +64,58 @@ def denoise_mean(
     """
     if not noise.variance(mean).any():
         return mean.astype(np.float32)
-    where = float64_device(device)
-    image = torch.from_numpy(stabilized(mean, noise)).to(where)
-    variance = max((2 * sum(correlation[0]) - 1) / frames, _LEAST_NOISE * max(1.0, float(image.var(correction=0))))
-    image /= variance**0.5
-    denoised = denoise_image(copy.deepcopy(network).to(where), image, lag_one(correlation))
+    image = torch.from_numpy(stabilized(mean, noise)).to(float64_device(device))
+    variance = max(_in_a_mean(correlation, frames), _LEAST_NOISE * max(1.0, float(image.var(correction=0))))
+    image = _denoised(image / variance**0.5, correlation, network) * variance**0.5
+    return restored(image.cpu().numpy(), noise).astype(np.float32)
+
+
+@torch.no_grad()
+def denoise_change(
+    change: np.ndarray,
+    variance: np.ndarray,
+    frames: tuple[int, int],
+    correlation: tuple[tuple[float, ...], ...],
+    network: ImageNetwork,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """Denoise what the mean of some frames of a stack has that the mean of all frames has not.
+
+    Parameters
+    ----------
+    change : numpy.ndarray
+        Difference of the two temporal means, (H, W), intensities.
+    variance : numpy.ndarray
+        Of the noise of a single frame, (H, W).
+    frames : tuple of int
+        How many they are, and how many all frames are.
+    correlation, network, device
+        As for :func:`denoise_mean`.
+
+    Returns
+    -------
+    numpy.ndarray
+        (H, W) float32.
+    """
+    some, count = frames
+    left = _in_a_mean(correlation, some) - _in_a_mean(correlation, count)
+    if left <= 0 or not variance.any():
+        return change.astype(np.float32)
+    deviation = least_deviation(torch.from_numpy(np.sqrt(left * variance)).to(float64_device(device)))
+    image = _denoised(torch.from_numpy(change).to(deviation) / deviation, correlation, network)
+    return (image * deviation).cpu().numpy().astype(np.float32)
+
+
+def _denoised(image: Tensor, correlation: tuple[tuple[float, ...], ...], network: ImageNetwork) -> Tensor:
+    """Denoise an image (H, W) whose noise has unit variance, where the network takes away no more than that."""
+    denoised = denoise_image(copy.deepcopy(network).to(image.device), image, lag_one(correlation))
     taken_away = smooth_plane((image - denoised).square(), _NEAR)
-    image += trust(taken_away) * (denoised - image)
-    return restored((image * variance**0.5).cpu().numpy(), noise).astype(np.float32)
+    return image + trust(taken_away) * (denoised - image)
+
+
+def _in_a_mean(correlation: tuple[tuple[float, ...], ...], frames: int) -> float:
+    """Variance of the noise of a mean of frames, relative to that of a single one."""
+    return (2 * sum(correlation[0]) - 1) / frames
 
 
 def stabilized(values: np.ndarray, noise: NoiseEstimate) -> np.ndarray:

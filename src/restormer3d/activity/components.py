@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from restormer3d.activity.chunks import in_chunks
 from restormer3d.activity.principal import leading_components
 from restormer3d.arithmetic import float64_device
 from restormer3d.filters import gaussian_matrix
@@ -25,19 +25,12 @@ from restormer3d.threads import thread_count
 from restormer3d.tiling import hann_weights, window_starts
 from restormer3d.views import ChangedStack
 
-LEAST_FRAMES = 16
-"""Frames that a stack must have: fewer say nothing of what pixels do together."""
-CHUNK_OVERLAP = 0.5
-"""Share of the frames looked at together that the next ones are again, in a long stack."""
-
 _ADDED = 0.25  # deviations of noise that are added: little, so that the network weighs its filters as before
 _BLOCKS = (8, 16, 32)  # pixels: small ones follow what is near, large ones know more of it; their mean is better
 # Components of a block that are looked at one by one. Larger matrices PyTorch decomposes one after the other on CUDA.
 _MOST = 32
 _DRAWN = 32  # frames of noise that are drawn; others are these, moved
-_CHUNK_VOXELS = 2**26  # of frames that are looked at together
 _BLOCK_VOXELS = 2**25  # of blocks that a GPU takes apart together; a CPU takes one row of them, and keeps its cache
-_MOST_FRAMES = 4096  # of them: a filter along time is a matrix of their square
 _HALF = 0.45  # energy of noise, relative to a component's, at which half of the component is kept
 _STEEPNESS = 3
 _SPREAD = 0.2  # expected deviation of a component's weight from what its energy says
@@ -54,6 +47,8 @@ _TINY = 1e-30
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From denoised frames (T, H, W), the noisy ones but for an image, noise like theirs and its deviation (H, W) to
 denoised frames."""
+MeanImage = Callable[[np.ndarray, int], np.ndarray]
+"""From the mean (H, W) of some recorded frames, and their number, to what it is without noise."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +106,7 @@ def refine_by_components(
     added: AddedNoise,
     device: str | torch.device = "cpu",
     then: Sequence[Step] = (),
+    mean_image: MeanImage | None = None,
 ) -> Iterator[np.ndarray]:
     """Reduce denoised frames to the components that stand out of noise, block by block.
 
@@ -127,15 +123,17 @@ def refine_by_components(
     denoised, noisier : iterator of numpy.ndarray
         Denoised frames (H, W) of the stack and of `added`, by the same network, in order.
     added : AddedNoise
-        The noisy stack and its noise; at least :data:`LEAST_FRAMES` frames.
+        The noisy stack and its noise; at least `chunks.LEAST_FRAMES` frames.
     device : str or torch.device
         Where to compute, see `arithmetic.float64_device`.
     then : sequence of Step
         What is done with the result, chunk by chunk.
+    mean_image : MeanImage, optional
+        What the mean of a chunk's frames becomes in the end; by default it stays as it was denoised.
 
-    Yields
-    ------
-    numpy.ndarray
+    Returns
+    -------
+    iterator of numpy.ndarray
         Frames (H, W) float32, in order. Memory does not grow with the length of the stack: a long one is taken in
         overlapping chunks.
 
@@ -144,36 +142,13 @@ def refine_by_components(
     Horn, "A rationale and test for the number of factors in factor analysis", Psychometrika 1965, for comparing with
     components of noise; Stein, "Estimation of the Mean of a Multivariate Normal Distribution", Ann. Stat. 1981.
     """
-    frames, height, width = added.shape
-    depth = chunk_frames(added.shape)
-    starts = window_starts(frames, depth, CHUNK_OVERLAP)
-    clear, response, blended = (np.zeros((depth, height, width), np.float32) for _ in range(3))
-    hann, weight = hann_weights(depth), np.zeros(depth, np.float32)
-    held = 0  # frames of this chunk that are there from the one before
-    for start, following in pairwise([*starts, starts[-1] + depth]):
-        for t in range(held, depth):
-            clear[t] = next(denoised)
-            response[t] = (next(noisier) - clear[t]) / _ADDED
-        refined = _refined(clear, response, added, start, float64_device(device), then)
-        refined *= hann[:, None, None]
-        blended += refined
-        weight += hann
-        done = following - start
-        yield from blended[:done] / weight[:done, None, None]
-        held = depth - done
-        for values in (clear, response, blended, weight):
-            values[:held] = values[done:].copy()
-        blended[held:], weight[held:] = 0, 0
+    where = float64_device(device)
+    pairs = ((clear, (noisier - clear) / _ADDED) for clear, noisier in zip(denoised, noisier, strict=True))
 
+    def refined(start: int, clear: np.ndarray, response: np.ndarray) -> np.ndarray:
+        return _refined(clear, response, added, start, where, then, mean_image)
 
-def chunk_frames(shape: tuple[int, int, int]) -> int:
-    """Frames of a stack of this shape that :func:`refine_by_components` looks at together."""
-    return min(shape[0], _MOST_FRAMES, max(LEAST_FRAMES, _CHUNK_VOXELS // (shape[1] * shape[2])))
-
-
-def is_held(shape: tuple[int, int, int]) -> bool:
-    """Whether all frames of a stack of this shape are held at once; a longer one streams."""
-    return chunk_frames(shape) == shape[0]
+    return in_chunks(pairs, added.shape, refined)
 
 
 def _refined(
@@ -183,6 +158,7 @@ def _refined(
     start: int,
     device: torch.device,
     then: Sequence[Step],
+    mean_image: MeanImage | None,
 ) -> np.ndarray:
     """Refine a chunk of frames from `start` on, (T, H, W): the mean of what blocks of all sizes give."""
     depth = len(clear)
@@ -199,6 +175,8 @@ def _refined(
     deviation = torch.from_numpy(np.sqrt(added.variance)).to(device, torch.float32)
     for step in then:
         total = step(total, fields[1], fields[3], deviation)
+    if mean_image is not None:
+        total += (torch.from_numpy(mean_image(mean, depth)).to(device) - total.mean(0, dtype=torch.float64)).float()
     return total.cpu().numpy()
 
 
