@@ -215,3 +215,20 @@ def test_pixels_that_never_change_tell_nothing_of_the_variance_around():
     assert not local_variance(recorded, found, recorded.mean(0))[1]
     two = recorded[:2]
     assert local_variance(two, estimate_noise(two), two.mean(0))[0].shape == (64, 64)
+
+
+@pytest.mark.parametrize("dark", [0.8, 0.95])
+def test_a_dark_field_does_not_outvote_its_few_bright_pixels(dark: float):
+    """Pixels without light, sorted by their own noise, would show a slope that is none."""
+    signal = np.full((120, 128, 128), 1.0)
+    signal[:, : int(128 * (1 - dark))] = 200 + 150 * np.sin(np.arange(128) / 5)
+    found = estimate_noise(np.rint(record(signal, 100, 400) + 100).astype(np.int16))
+    assert found.gain == pytest.approx(100, rel=0.15)
+
+
+@pytest.mark.parametrize("frames", [7, 8, 9])
+def test_few_frames_tell_nothing_of_noise_with_a_memory(frames: int):
+    for seed in range(6):
+        found = estimate_noise(np.random.default_rng(seed).normal(100, 10, (frames, 32, 32)).astype(np.float32))
+        assert np.isnan(found.correlation["t"]).all()
+        assert blind_spot_extent(found)[0] == 0

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from restormer3d.noise import usual_variance
 from restormer3d.normalization import temporal_mean
+from restormer3d.photon_transfer import usual_variance
 from restormer3d.progress import Progress, silent
 from restormer3d.tiling import hann_weights, window_starts
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 
+from restormer3d.photon_transfer import bins_by_mean, robust_line, usual_variance
+
 LEAK_THRESHOLD = 0.08
 _TAIL = 0.025  # correlation of farther neighbors that counts, where that of nearer ones does
 _RUN = 12  # consecutive frames read together
 _MAX_LAG = 6  # frames between which differences are taken
-_CLIPPED_BIN = 0.05  # a bin with more clipped samples than this has visibly lost variance
+_LEAST_ANCHORS = 4  # frames of a run that differences of all lags start from: fewer do not tell of noise with a memory
 _TINY = 1e-30
 _MOST_FRAMES, _MOST_SIDE = 240, 256  # that are looked at
 _TIME_LAGS = 2
@@ -119,8 +121,12 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     all_and_fine = [(growth / usual)[:, changes], (fine / usual_variance(mean, fine[0], pairs))[:, changes]]
     # Noise with a memory shows in both; what is smooth in the plane shows in the first, fast ripple more in the second.
     over_time = tuple(min(both, key=abs) for both in zip(*map(_time_correlation, all_and_fine), strict=True))
+    if sample.shape[1] - _MAX_LAG < _LEAST_ANCHORS:
+        over_time = (float("nan"),) * _TIME_LAGS
     variance = _at_lag_zero(growth, memory=max(np.abs(over_time)) > LEAK_THRESHOLD)
-    gain, intercept = _robust_line(*_bins_by_mean(mean[changes], variance[changes], clipped[changes], pairs))
+    # Dark pixels sorted by their own noise would show a slope that is none, and outvote a few bright ones.
+    order, other = (sample[:, part::2].mean(axis=(0, 1), dtype=np.float64)[changes] for part in (0, 1))
+    gain, intercept = robust_line(*bins_by_mean(other, variance[changes], clipped[changes], pairs, order))
     offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
     lowest, by_chance = np.quantile(mean[changes], 0.01), 4 * np.sqrt(max(intercept, 0.0) / np.prod(sample.shape[:2]))
     if lowest < -by_chance:  # noise around zero light does not explain it
@@ -184,31 +190,6 @@ def neighbor_correlation(
         for axis, reach in zip("tyx", extent, strict=True)
     )
     return t, y, x
-
-
-def usual_variance(mean: np.ndarray, variance: np.ndarray, pairs: int) -> np.ndarray:
-    """Replace the variance of every pixel by what is usual among pixels of its mean intensity.
-
-    Unlike the straight line of `estimate_noise` it follows the bend that clipping at zero makes. Pixels whose variance
-    is 0, such as a black border, count for nothing.
-
-    Parameters
-    ----------
-    mean : numpy.ndarray
-        Temporal mean, (H, W).
-    variance : numpy.ndarray
-        Half the mean squared difference of consecutive frames, (H, W).
-    pairs : int
-        Number of differences it was averaged over.
-
-    Returns
-    -------
-    numpy.ndarray
-        Noise variance, (H, W), above 0.
-    """
-    changes = variance > 0 if variance.any() else np.ones(variance.shape, bool)
-    means, variances, _ = _bins_by_mean(mean[changes], variance[changes], np.zeros(int(changes.sum())), pairs)
-    return np.maximum(np.interp(mean, means, variances), max(1e-6 * variances.max(), _TINY))
 
 
 def local_variance(
@@ -316,48 +297,6 @@ def _at_lag_zero(growth: np.ndarray, memory: bool) -> np.ndarray:
     if memory:
         return np.tensordot((1.6, 0.7, -0.2, -1.1), growth[2:], axes=1)  # least squares on lags 3, 4, 5, 6
     return 2 * growth[0] - growth[1]
-
-
-def _bins_by_mean(
-    mean: np.ndarray, variance: np.ndarray, clipped: np.ndarray, pairs: int, bins: int = 40
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, typical variance and clipped fraction of pixels of like mean, means increasing; each (bins,).
-
-    The median over a bin drops active pixels. It is taken over groups of pixels large enough for their variance to
-    be nearly symmetric: the squares themselves are so skewed that their median lies far below their mean.
-    """
-    order = np.argsort(mean, axis=None)
-    per_group = min(order.size, -(-400 // pairs))
-    groups = order.size // per_group
-    order = order[: groups * per_group].reshape(groups, per_group)
-    m, v, c = (image.ravel()[order].mean(axis=1) for image in (mean, variance, clipped))
-    parts = np.array_split(np.arange(groups), max(1, min(bins, groups // 5)))
-    return (
-        np.array([m[part].mean() for part in parts]),
-        np.array([np.median(v[part]) for part in parts]),
-        np.array([c[part].mean() for part in parts]),
-    )
-
-
-def _robust_line(
-    mean: np.ndarray, variance: np.ndarray, clipped: np.ndarray, iterations: int = 30
-) -> tuple[float, float]:
-    """Fit variance = gain * mean + intercept with least absolute relative deviations; the gain is at least 0."""
-    usable = clipped <= max(_CLIPPED_BIN, float(np.quantile(clipped, 0.5)))
-    mean, variance = mean[usable], variance[usable]
-    typical = float(np.median(variance))
-    if np.ptp(mean) == 0:
-        return 0.0, typical
-    floor = max(_TINY, 1e-3 * typical)
-    design = np.stack([mean, np.ones_like(mean)], axis=1)
-    fitted, weights = np.maximum(variance, floor), np.ones_like(mean)
-    gain, intercept = 0.0, typical
-    for _ in range(iterations):
-        scale = weights / fitted
-        gain, intercept = np.linalg.lstsq(design * scale[:, None], variance * scale, rcond=None)[0]
-        fitted = np.maximum(gain * mean + intercept, floor)
-        weights = 1 / np.sqrt(np.maximum(np.abs(variance / fitted - 1), 1e-3))
-    return (float(gain), float(intercept)) if gain > 0 else (0.0, typical)
 
 
 def _middle_mean(values: np.ndarray) -> float:
