@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from restormer3d import selection
 from restormer3d.config import ModelConfig, TrainingConfig
 from restormer3d.model import Restormer3D
 from restormer3d.objectives import hide
 from restormer3d.patches import random_patches, training_stack
-from restormer3d.selection import BestWeights, check_iterations
+from restormer3d.selection import BestWeights, batches_of, check_iterations
 from restormer3d.training import fit
 
 from .conftest import TINY
@@ -44,6 +45,20 @@ def test_held_out_voxels_are_trained_on_never_and_judge_unseen(noisy_stack):
     assert torch.equal(judged[3], batch.held_out)
     assert (judged[0] != batch.noisy)[batch.held_out].float().mean() > 0.9
     assert torch.equal(judged[0][~batch.held_out], batch.noisy[~batch.held_out])
+
+
+@pytest.mark.parametrize("extent", [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 3, 3)])
+def test_a_check_hides_no_more_than_training(noisy_stack, extent):
+    source = training_stack(noisy_stack, extent)
+    config = CONFIG.model_copy(update={"masked_fraction": 0.05})
+    batch = selection._hidden([source], config, 0)
+    hidden = (batch[0] != batch[2]).float().mean()
+    assert 0 < hidden < 1.5 * 0.05
+
+
+def test_of_a_long_training_a_check_looks_at_few_patches():
+    assert batches_of(800) == 16
+    assert batches_of(50_000) == batches_of(100_000) < 100
 
 
 def test_the_best_weights_are_kept(noisy_stack, tiny_model):

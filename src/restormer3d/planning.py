@@ -20,7 +20,7 @@ from restormer3d.config import InferenceConfig, Precision, TrainingConfig
 from restormer3d.inference import count_windows, window_size, windows_per_pass
 from restormer3d.model import Restormer3D
 from restormer3d.patches import TrainingStack
-from restormer3d.selection import ITERATIONS_PER_BATCH, check_iterations
+from restormer3d.selection import batches_of, check_iterations
 from restormer3d.settings import Settings
 from restormer3d.training import fit
 
@@ -43,10 +43,10 @@ _COMPONENTS = 1.0  # to take a stack apart into components, for a voxel
 
 @dataclass(frozen=True)
 class Calibration:
-    """Seconds of one training iteration and of one inference window on this machine."""
+    """Seconds of one training iteration, and of inference for a voxel of a window, on this machine."""
 
     seconds_per_iteration: float
-    seconds_per_window: float
+    seconds_per_voxel: float
 
 
 def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, device: torch.device) -> Calibration:
@@ -70,13 +70,13 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
         )
     window = window_size(source.stack.shape, chosen.inference)
     together = windows_per_pass(source.stack.shape, chosen.inference, device)
-    per_window = _seconds_per_window(trial.to(device), window, together, device, precision)
+    per_voxel = _seconds_per_voxel(trial.to(device), window, together, device, precision)
     checks = 0.0
-    if chosen.training.held_out:
-        patches = chosen.training.batch_size * math.prod(chosen.training.patch) / math.prod(window)
-        total = chosen.training.warmup_iterations + chosen.training.iterations
-        checks = len(check_iterations(total)) / ITERATIONS_PER_BATCH * patches * per_window
-    return Calibration(marks[-1] - marks[-2] + checks if marks else 0.0, per_window)
+    total = chosen.training.warmup_iterations + chosen.training.iterations
+    if chosen.training.held_out and total:
+        voxels = chosen.training.batch_size * math.prod(chosen.training.patch)
+        checks = len(check_iterations(total)) * batches_of(total) / total * voxels * per_voxel
+    return Calibration(marks[-1] - marks[-2] + checks if marks else 0.0, per_voxel)
 
 
 def _now(device: torch.device) -> float:
@@ -87,7 +87,7 @@ def _now(device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def _seconds_per_window(
+def _seconds_per_voxel(
     model: Restormer3D, window: tuple[int, int, int], batch_size: int, device: torch.device, precision: Precision
 ) -> float:
     sides = window
@@ -102,7 +102,7 @@ def _seconds_per_window(
         started = time.monotonic()
         with float32_products(precision), autocast(device, precision):
             model(noisy, background).sum().item()  # .item() waits for the device
-    return (time.monotonic() - started) / batch_size * math.prod(window) / math.prod(sides)
+    return (time.monotonic() - started) / batch_size / math.prod(sides)
 
 
 def fit_to_time(
@@ -111,7 +111,7 @@ def fit_to_time(
     """Reduce overlap and iterations, never below what the time forces, so that a stack ends within `seconds`.
 
     Overlap is given up first where inference would take more than half of the time, then iterations, then steps after
-    the network.
+    the network; without these there may be room for overlap again.
 
     Returns
     -------
@@ -121,26 +121,17 @@ def fit_to_time(
         What was chosen, for the user; empty if the whole recipe fits.
     """
     budget = seconds * _SAFETY
-    inference, inference_time = chosen.inference, 0.0
     total = chosen.training.warmup_iterations + chosen.training.iterations
     # Where held-out voxels decide how long training is worth it, overlap makes room for no more than their first check.
     wanted = min(check_iterations(total) - {0}, default=0) if chosen.training.stop_early else total
-    training_time = wanted * calibration.seconds_per_iteration
-    for overlap_t, overlap_xy in _OVERLAPS:
-        update = {
-            "overlap_t": min(overlap_t, chosen.inference.overlap_t),
-            "overlap_xy": min(overlap_xy, chosen.inference.overlap_xy),
-        }
-        inference = chosen.inference.model_copy(update=update)
-        inference_time = _inference_seconds(shape, inference, calibration)
-        if inference_time <= max(budget / 2, budget - training_time):
-            break
-    spared = []
+    room = max(budget / 2, budget - wanted * calibration.seconds_per_iteration)
+    spared: list[str] = []
+    inference, inference_time = _most_overlap(chosen.inference, shape, calibration, room)
     for part in _SPARED:
-        if inference_time > budget and getattr(inference, part):
+        if inference_time > budget and getattr(chosen.inference, part):
             spared.append(part)
-            inference = inference.model_copy(update={part: False})
-            inference_time = _inference_seconds(shape, inference, calibration)
+            fewer = chosen.inference.model_copy(update=dict.fromkeys(spared, False))
+            inference, inference_time = _most_overlap(fewer, shape, calibration, room)
     affordable = max(0, int((budget - inference_time) / max(calibration.seconds_per_iteration, 1e-9)))
     if inference == chosen.inference and affordable >= total:
         return chosen, ""
@@ -155,6 +146,20 @@ def fit_to_time(
     return replace(chosen, training=training, inference=inference), note
 
 
+def _most_overlap(
+    asked: InferenceConfig, shape: tuple[int, int, int], calibration: Calibration, seconds: float
+) -> tuple[InferenceConfig, float]:
+    """Reduce overlap until inference takes no more than so many seconds, or there is none; and how many it takes."""
+    inference, inference_time = asked, 0.0
+    for overlap_t, overlap_xy in _OVERLAPS:
+        update = {"overlap_t": min(overlap_t, asked.overlap_t), "overlap_xy": min(overlap_xy, asked.overlap_xy)}
+        inference = asked.model_copy(update=update)
+        inference_time = _inference_seconds(shape, inference, calibration)
+        if inference_time <= seconds:
+            break
+    return inference, inference_time
+
+
 def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, seconds: float) -> bool:
     """Whether what :func:`fit_to_time` chose ends within `seconds`, with a network that has been trained at all."""
     trained = chosen.weights is not None or chosen.training.warmup_iterations + chosen.training.iterations > 0
@@ -162,22 +167,20 @@ def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Cal
 
 
 def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
-    window = window_size(shape, inference)
-    windows = float(inference.symmetries * count_windows(shape, inference))
-    depth = chunk_frames(shape)
-    chunks = count_chunks(shape)  # they overlap: of a long stack most frames are in two
-    each = math.prod(shape[1:]) / math.prod(window)
+    window = window_size(shape, inference)  # larger or smaller with other overlaps
+    voxels = float(inference.symmetries * count_windows(shape, inference) * math.prod(window))
+    depth, chunks, pixels = chunk_frames(shape), count_chunks(shape), math.prod(shape[1:])
     if inference.components:
-        windows = 2 * windows + _COMPONENTS * chunks * depth * each
+        voxels = 2 * voxels + _COMPONENTS * chunks * depth * pixels
     if inference.components and depth >= FIELD_FRAMES:
-        voxels = inference.footprints * _FOOTPRINTS + (inference.footprints + inference.courses) * _FIELDS * depth
-        voxels += inference.courses * _COURSES * depth
-        windows += voxels * chunks * each
+        each = inference.footprints * _FOOTPRINTS + (inference.footprints + inference.courses) * _FIELDS * depth
+        each += inference.courses * _COURSES * depth
+        voxels += each * chunks * pixels
     if inference.static_image or inference.footprints:
-        windows += _STATIC_IMAGE * each
+        voxels += _STATIC_IMAGE * pixels
     if inference.static_image and chunks > 1:  # what the mean of each has of its own
-        windows += _STATIC_IMAGE * chunks * each
-    return windows * calibration.seconds_per_window
+        voxels += _STATIC_IMAGE * chunks * pixels
+    return voxels * calibration.seconds_per_voxel
 
 
 def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:

@@ -20,6 +20,7 @@ from restormer3d.patches import TrainingStack, random_patches
 
 ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check
 _LEAST_BATCHES = 4  # fewer would not say how sure a difference is
+_MOST_BATCHES = 64  # they are held throughout
 # Share of the loss that training has to gain from one check to the next. Where a detector correlates the noise of
 # neighbors a little, or the field moves, held-out voxels reward less, although no frame is predicted better.
 _WORTHWHILE = 5e-4
@@ -33,6 +34,11 @@ def check_iterations(total: int) -> set[int]:
         checks.add(following)
         following *= 2
     return checks
+
+
+def batches_of(total: int) -> int:
+    """Batches that a check of a training of so many iterations looks at."""
+    return min(max(_LEAST_BATCHES, math.ceil(total / ITERATIONS_PER_BATCH)), _MOST_BATCHES)
 
 
 class BestWeights:
@@ -72,7 +78,7 @@ class BestWeights:
         score = partial(_score, config.loss, precision)
         self._score = GraphedStep(score) if device.type == "cuda" else score
         total = config.warmup_iterations + config.iterations
-        batches = max(_LEAST_BATCHES, math.ceil(total / ITERATIONS_PER_BATCH))
+        batches = batches_of(total)
         self._batches = [[value.to(device) for value in _hidden(stacks, config, number)] for number in range(batches)]
 
     @torch.no_grad()
@@ -111,9 +117,17 @@ def _score(loss: str, precision: Precision, model: nn.Module, *batch: Tensor) ->
 
 
 def _hidden(stacks: Sequence[TrainingStack], config: TrainingConfig, number: int) -> tuple[Tensor, ...]:
-    """What :func:`restormer3d.objectives.masked_loss` needs of one of the batches, its held-out voxels replaced."""
+    """What :func:`restormer3d.objectives.masked_loss` needs of one of the batches, its held-out voxels replaced.
+
+    With all around them that a blind spot covers they must not be more than training hides: of a patch that is mostly
+    replaced, other weights than those that denoise best predict most.
+    """
     rng = np.random.default_rng([config.seed, 3, number])
     batch = random_patches(stacks, config.patch, config.batch_size, rng, config.held_out)
+    share = config.masked_fraction / (config.held_out * math.prod(2 * reach + 1 for reach in batch.blind_spot))
+    held_out = batch.held_out
+    if share < 1:
+        held_out = held_out & torch.from_numpy(rng.random(held_out.shape) < share)
     inputs = hide(
         batch.noisy,
         batch.background,
@@ -121,7 +135,7 @@ def _hidden(stacks: Sequence[TrainingStack], config: TrainingConfig, number: int
         masked_fraction=config.masked_fraction,
         extent=batch.blind_spot,
         generator=torch.Generator().manual_seed(int(rng.integers(2**62))),
-        held_out=batch.held_out,
+        held_out=held_out,
         score=True,
     )
     return (*inputs, batch.mixture)
