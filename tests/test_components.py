@@ -219,3 +219,11 @@ def test_default_recipe_refines_what_it_can():
     done, said = run(remembered)
     assert not done
     assert "noise of consecutive frames is correlated" in said
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_any_unit(scene, unit):
+    _, added = scene
+    out = refined(added)
+    other = AddedNoise((added.stack * unit).astype(np.float32), added.variance * unit**2)
+    np.testing.assert_allclose(refined(other) / unit, out, rtol=1e-3, atol=0.02 * out.std())

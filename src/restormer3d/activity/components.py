@@ -19,8 +19,8 @@ from torch import Tensor
 
 from restormer3d.activity.chunks import in_chunks
 from restormer3d.activity.principal import leading_components
+from restormer3d.activity.smoothing import own_weights, smoothed
 from restormer3d.arithmetic import float64_device
-from restormer3d.filters import gaussian_matrix
 from restormer3d.threads import thread_count
 from restormer3d.tiling import hann_weights, window_starts
 from restormer3d.views import ChangedStack
@@ -264,30 +264,28 @@ def _refitted(
     clear: Tensor, noisy: Tensor, response: Tensor, noise: Tensor, more: Tensor, reliable: Tensor, variance: Tensor
 ) -> Tensor:
     """Put together courses (blocks, T, components) from the denoised, the slightly smoothed and the slow noisy ones."""
-    smooth = gaussian_matrix(clear.shape[1], _SHARP_SIGMA, clear)
-    sharp = smooth @ noisy
+    sharp = smoothed(noisy, _SHARP_SIGMA)
     exceeds = (noisy.square().mean(1) / variance.clamp(min=_TINY) - 1).clamp(min=0)
     informed = (exceeds / (1 + exceeds)) ** 2  # how far a single frame tells a component from noise
     first, second = _fitted(
         torch.stack([clear, sharp]),
         noisy,
-        torch.stack([more * (response * noise).sum(1), smooth.trace() * variance]),
+        torch.stack([more * (response * noise).sum(1), own_weights(clear.shape[1], _SHARP_SIGMA, clear) * variance]),
         torch.stack([_SPREAD * reliable, _SHARP_SPREAD * informed * reliable]),
         reliable,
         variance,
     )
     refitted = first * clear + second * sharp
-    left_noise = more.sqrt().unsqueeze(1) * (noise - first * response - second * (smooth @ noise))
+    left_noise = more.sqrt().unsqueeze(1) * (noise - first * response - second * smoothed(noise, _SHARP_SIGMA))
     share = ((reliable - _SLOW_RELIABLE) / (1 - _SLOW_RELIABLE)).clamp(min=0).unsqueeze(1)
     return refitted + share * _left_out(noisy - refitted, left_noise)
 
 
 def _left_out(left: Tensor, noise: Tensor) -> Tensor:
     """What of the rest of courses (blocks, T, components) is slow and exceeds, there and then, what noise leaves."""
-    smooth = gaussian_matrix(left.shape[1], _SLOW_SIGMA, left)
-    slow = smooth @ left
-    energy = smooth @ slow.square()
-    of_noise = (smooth @ noise).square().mean(1, keepdim=True)
+    slow = smoothed(left, _SLOW_SIGMA)
+    energy = smoothed(slow.square(), _SLOW_SIGMA)
+    of_noise = smoothed(noise, _SLOW_SIGMA).square().mean(1, keepdim=True)
     return (1 - _SLOW_EXCESS * of_noise / energy.clamp(min=_TINY)).clamp(min=0) * slow
 
 
@@ -300,7 +298,7 @@ def _fitted(
     are expected to be `expected` and 0, with deviations `spread`. Both are returned as (blocks, 1, components).
     """
     a, b = courses
-    precision = (variance / spread.clamp(min=1e-6).square()).double() + _TINY
+    precision = variance.double() / spread.double().clamp(min=1e-6).square() + _TINY
     targets = ((courses * noisy).sum(2) - own).double()
     targets[0] += precision[0] * expected
     aa, bb, ab = ((x * y).sum(1).double() for x, y in ((a, a), (b, b), (a, b)))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 _POWERS = 6  # passes to find them
 _SEED = 0
-_TINY = 1e-30
 
 
 def leading_components(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -44,5 +43,5 @@ def _orthonormal(x: Tensor) -> Tensor:
     x = x.double()
     gram = x.mT @ x
     diagonal = gram.diagonal(dim1=1, dim2=2)  # a view
-    diagonal += 1e-12 * diagonal.mean(1, keepdim=True) + _TINY
+    diagonal += 1e-12 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
     return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), x.mT, upper=False).mT.float()
