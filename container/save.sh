@@ -3,10 +3,18 @@
 # Usage: container/save.sh [exec|invoke] [WEIGHTS.safetensors]     (by default the weights in the package)
 # ENGINE=podman uses podman; IMAGE=name:tag names the image; OUTPUT=FOLDER receives the files.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ENGINE=${ENGINE:-docker}
 API=${1:-exec}
-WEIGHTS=${2:-src/restormer3d/data/restormer3d.safetensors}
+if [[ ! "$API" =~ ^(exec|invoke)$ || $# -gt 2 ]]; then
+    echo "usage: container/save.sh [exec|invoke] [WEIGHTS.safetensors]" >&2
+    exit 2
+fi
+# Names that are given count from where the caller is, the others from here.
+WEIGHTS=${2:+$(realpath "$2")}
+[[ -z "${OUTPUT:-}" ]] || mkdir -p "$OUTPUT"
+OUTPUT=${OUTPUT:+$(realpath "$OUTPUT")}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+WEIGHTS=${WEIGHTS:-src/restormer3d/data/restormer3d.safetensors}
 IMAGE=${IMAGE:-restormer3d:$API}
 OUTPUT=${OUTPUT:-dist}
 mkdir -p "$OUTPUT"

@@ -4,30 +4,42 @@
 #
 # No network, /input and the model read-only, an empty /tmp, no other folder that can be written, no rights.
 # ENGINE=podman uses podman; IMAGE=name:tag names the image; GPUS='--gpus all' lends the GPUs; MODEL=FOLDER holds the
-# weights; ARGUMENTS='--time-limit 10' are handed to the program.
+# weights; ARGUMENTS='--time-limit 10' are handed to the program. Nothing is pulled from a registry.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ENGINE=${ENGINE:-docker}
 API=${1:-exec}
+if [[ ! "$API" =~ ^(exec|invoke)$ || $# -gt 2 ]]; then
+    echo "usage: container/test.sh [exec|invoke] [STACK.tif]" >&2
+    exit 2
+fi
 IMAGE=${IMAGE:-restormer3d:$API}
-STACK=${2:-src/restormer3d/data/fmi_mouse_gcamp_192x96x96.tif}
+# Names that are given count from where the caller is, the others from here.
+STACK=${2:+$(realpath "$2")}
+MODEL=${MODEL:+$(realpath "$MODEL")}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+STACK=${STACK:-src/restormer3d/data/fmi_mouse_gcamp_192x96x96.tif}
 SOCKET=images/stacked-neuron-images-with-noise
 RESULT=images/stacked-neuron-images-with-reduced-noise
 read -r -a gpus <<<"${GPUS:-}"
-read -r -a arguments <<<"${ARGUMENTS:---time-limit 10}"
+# Two jobs are to give the same: for that, the iterations have to be few enough for no limit to reduce them.
+usual="--time-limit 10"
+[[ "$API" == exec ]] || usual+=" --iterations 25"
+read -r -a arguments <<<"${ARGUMENTS:-$usual}"
+
+label=$("$ENGINE" image inspect --format '{{index .Config.Labels "org.grand-challenge.api-method"}}' "$IMAGE") ||
+    { echo "the image $IMAGE cannot be looked at: container/build.sh $API makes it" >&2; exit 1; }
+[[ "$label" == "$API" ]] || { echo "the image's label says '$label', expected '$API'" >&2; exit 1; }
 
 work=$(mktemp -d)
 container="restormer3d-test-$$"
 cleanup() {
     "$ENGINE" rm --force "$container" >/dev/null 2>&1 || true
     # what the container's user wrote is removed by that user
-    "$ENGINE" run --rm --volume "$work/output:/output" --entrypoint /bin/sh "$IMAGE" -c 'rm -rf /output/*' || true
+    "$ENGINE" run --rm --pull never --network none --volume "$work/output:/output" --entrypoint /bin/sh "$IMAGE" \
+        -c 'rm -rf /output/*' || true
     rm -rf "$work"
 }
 trap cleanup EXIT
-
-label=$("$ENGINE" inspect --format '{{index .Config.Labels "org.grand-challenge.api-method"}}' "$IMAGE")
-[[ "$label" == "$API" ]] || { echo "the image's label says '$label', expected '$API'" >&2; exit 1; }
 
 mkdir -p "$work/input/$SOCKET" "$work/output" "$work/model"
 cp "$STACK" "$work/input/$SOCKET/"
@@ -43,14 +55,15 @@ chmod -R a+rX "$work"
 chmod a+rwx "$work/output"
 
 options=(
-    --name "$container" --platform linux/amd64 --network none --read-only --cap-drop ALL
+    --pull never --name "$container" --platform linux/amd64 --network none --read-only --cap-drop ALL
     --tmpfs "/tmp:rw,exec,size=16g,mode=1777" --shm-size 2g ${gpus[@]+"${gpus[@]}"}
     --volume "$work/input:/input:ro" --volume "$work/model:/opt/ml/model:ro" --volume "$work/output:/output"
 )
 name=$(basename "$STACK")
 
 check() { # compare the result with the input, inside of the image, which has what it takes
-    "$ENGINE" run --rm --interactive --network none --volume "$work/input:/input:ro" --volume "$work/output:/output:ro" \
+    "$ENGINE" run --rm --pull never --interactive --network none \
+        --volume "$work/input:/input:ro" --volume "$work/output:/output:ro" \
         --entrypoint python "$IMAGE" - "/input/$SOCKET/$name" "/output/$RESULT/$name" <<'PYTHON'
 import sys
 import numpy as np
@@ -97,5 +110,11 @@ for job in 1 2; do
     hashes+=("$("$ENGINE" exec "$container" sha256sum "/output/$RESULT/$name")")
     "$ENGINE" exec "$container" sh -c 'rm -rf /output/*'
 done
-[[ "${hashes[0]}" == "${hashes[1]}" ]] || { echo "the second job gave another result than the first" >&2; exit 1; }
-echo "ok: both jobs gave the same result"
+if [[ "${hashes[0]}" == "${hashes[1]}" ]]; then
+    echo "ok: both jobs gave the same result"
+elif [[ -n "${GPUS:-}" ]]; then
+    echo "warning: the second job gave another result than the first; a GPU's last bits may differ" >&2
+else
+    echo "the second job gave another result than the first" >&2
+    exit 1
+fi

@@ -6,11 +6,14 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from restormer3d.challenge import __main__ as door
 from restormer3d.challenge import job
 from restormer3d.challenge.server import InvokeServer
 from restormer3d.checkpoint import SHIPPED_WEIGHTS, SMALL_NETWORKS, save_weights, shipped_file
-from restormer3d.config import ModelConfig
+from restormer3d.config import ModelConfig, TrainingConfig
 from restormer3d.model import Restormer3D
 from restormer3d.planning import Calibration
 
@@ -202,6 +205,16 @@ def test_mha_goes_in_and_out_with_its_geometry(platform, stack):
     assert platform.record("a.mha")["original"]["output"] == str(platform.result("a.mha"))
 
 
+def test_mha_in_capitals_keeps_its_name(platform, stack):
+    itk = pytest.importorskip("SimpleITK")
+    itk.WriteImage(itk.GetImageFromArray(stack), str(platform.input / IN_SOCKET / "small.mha"))
+    (platform.input / IN_SOCKET / "small.mha").rename(platform.input / IN_SOCKET / "LARGE.MHA")
+    assert platform.run(iterations=0) == 0
+    assert [path.name for path in platform.result(".").iterdir()] == ["LARGE.MHA"]
+    denoised = itk.ReadImage(str(platform.result("LARGE.MHA")), imageIO="MetaImageIO")
+    assert itk.GetArrayFromImage(denoised).shape == stack.shape
+
+
 def test_an_mha_that_is_no_stack_is_refused(platform, stack, capsys):
     itk = pytest.importorskip("SimpleITK")
     itk.WriteImage(itk.GetImageFromArray(stack[0]), str(platform.input / IN_SOCKET / "flat.mha"))
@@ -248,7 +261,7 @@ def test_without_a_model_it_says_what_it_starts_from(platform, tmp_path, monkeyp
 
 def test_a_slow_machine_does_fewer_iterations(platform, stack, monkeypatch, capsys):
     platform.give("a.tif", stack)
-    monkeypatch.setattr(fitting, "calibrate", lambda *_: Calibration(30.0, 0.1))
+    monkeypatch.setattr(fitting, "calibrate", lambda *_: Calibration(30.0, 1e-7))
     assert platform.run(time_limit=1.0, iterations=5) == 0
     assert platform.record("a.tif")["settings"]["training"]["iterations"] == 1
     assert "1 of 5 iterations" in capsys.readouterr().out
@@ -263,37 +276,109 @@ def test_a_machine_too_slow_for_any_network_still_gives_a_result(platform, stack
     assert "Gaussian" in capsys.readouterr().out
 
 
-def test_a_machine_that_becomes_slow_still_gives_a_result(platform, stack, monkeypatch, capsys):
-    def now_slow(*_):
+class SlowAt:
+    """Stands in for `job.watch`: gives up at a stage, and remembers the time that each try was given."""
+
+    def __init__(self, stage: str, prepared: float = 0.0) -> None:
+        self.stage, self.prepared, self.seconds = stage, prepared, []
+
+    def __call__(self, seconds, training, say):
+        self.seconds.append(seconds)
+
         def progress(stage, done, total):
-            if stage == "denoise":
-                raise job.TooSlowError("behind the plan")
+            if stage == self.stage:
+                raise job.TooSlowError(f"try {len(self.seconds)} is behind the plan", self.prepared)
 
         return progress
 
+
+def test_where_training_is_too_slow_the_network_is_taken_as_it_is(platform, stack, monkeypatch, capsys):
     platform.give("a.tif", stack)
-    monkeypatch.setattr(job, "watch", now_slow)
+    monkeypatch.setattr(job, "watch", slow := SlowAt("train"))
     assert platform.run() == 0
     assert_the_platform_takes_it(platform.result("a.tif"), stack)
+    record = platform.record("a.tif")
+    assert (record["method"], record["iterations"]) == ("restormer3d", 0)
+    assert record["instead_of_training"] == "try 1 is behind the plan"
+    assert "instead_of_the_network" not in record
+    assert "without training" in capsys.readouterr().out
+    assert slow.seconds[1] < slow.seconds[0] <= 3000  # the clock goes on
+
+
+def test_a_machine_that_becomes_slow_still_gives_a_result(platform, stack, monkeypatch, capsys):
+    platform.give("a.tif", stack)
+    monkeypatch.setattr(job, "watch", SlowAt("denoise"))
+    assert platform.run() == 0
+    assert_the_platform_takes_it(platform.result("a.tif"), stack)
+    record = platform.record("a.tif")
+    assert record["method"] == "gaussian"
+    assert record["instead_of_training"] == "try 1 is behind the plan"
+    assert record["instead_of_the_network"] == "try 2 is behind the plan"
+    assert "Gaussian" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weights", "second_try", "prepared"),
+    [(None, 0.05, 0.0), (Path("tiny.safetensors"), 1.0, 0.0), (Path("tiny.safetensors"), 0.05, 270.0)],
+)
+def test_without_weights_or_time_there_is_no_second_try(platform, stack, monkeypatch, weights, second_try, prepared):
+    platform.give("a.tif", stack)
+    monkeypatch.setattr(job, "watch", slow := SlowAt("train", prepared))
+    monkeypatch.setattr(job, "_SECOND_TRY", second_try)
+    loaded = platform.load()
+    loaded = replace(loaded, chosen=replace(loaded.chosen, weights=weights))
+    assert not job.run_job(loaded, platform.input, platform.output, 9.0, job.time.monotonic(), str, str)
+    assert len(slow.seconds) == 1
+    assert platform.record("a.tif")["instead_of_the_network"] == "try 1 is behind the plan"
+    assert "instead_of_training" not in platform.record("a.tif")
+
+
+def test_a_stack_whose_time_is_over_is_filtered(platform, stack):
+    platform.give("a.tif", stack)
+    job.run_job(platform.load(), platform.input, platform.output, 1.0, job.time.monotonic() - 61, str, str)
+    assert_the_platform_takes_it(platform.result("a.tif"), stack)
     assert platform.record("a.tif")["method"] == "gaussian"
-    assert platform.record("a.tif")["instead_of_the_network"] == "behind the plan"
-    assert "too slow" in capsys.readouterr().out
+    assert "no time" in platform.record("a.tif")["instead_of_the_network"]
 
 
 def test_the_network_is_given_up_only_when_it_falls_far_behind(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
-    progress = job.watch(1000, str)
+    to_the_end = TrainingConfig()
+    progress = job.watch(1000, to_the_end, str)
     for done in range(1, 101):
         clock[0] += 10  # ends at 1000 s, as planned
         progress("train", done, 100)
-    progress = job.watch(1000, str)
+    progress = job.watch(1000, to_the_end, str)
     progress("train", 1, 100)
     clock[0] += 19  # the whole would take 1881 s, but this is little evidence
     progress("train", 2, 100)
     clock[0] += 19
     with pytest.raises(job.TooSlowError):
         progress("train", 3, 100)
+
+
+@pytest.mark.parametrize("stage", ["train", "train, plane 1 of 2"])
+def test_a_training_that_may_end_early_is_foreseen_to_its_next_check(monkeypatch, stage):
+    clock = [0.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
+    early = TrainingConfig(stop_early=True, held_out=0.02)
+    progress = job.watch(1000, early, str)
+    clock[0] += 2
+    for done in range(1, 101):
+        clock[0] += 5  # all 800 would take 4000 s; it may end after 25, 50, 100, 200
+        progress(stage, done, 800)
+    clock[0] += 5
+    progress(stage, 101, 800)  # at 200 after 1000 s
+    clock[0] += 300
+    with pytest.raises(job.TooSlowError) as slow:
+        progress(stage, 102, 800)
+    assert slow.value.prepared == 7
+    progress = job.watch(1000, early, str)
+    progress("denoise", 1, 100)
+    clock[0] += 50
+    with pytest.raises(job.TooSlowError):
+        progress("denoise", 2, 100)  # it has no checks
 
 
 def test_the_time_is_shared_by_size(platform, stack, monkeypatch):
@@ -400,6 +485,20 @@ def test_other_requests_are_not_found(serving, method, path):
     assert ask(serving(lambda: None, lambda _: {}), method, path)[0] == 404
 
 
+@pytest.mark.parametrize(
+    "request_line",
+    ["POST /invoke HTTP/1.1\r\nContent-Length: x", "POST /invoke HTTP/1.1\r\nContent-Length: -1", "What?"],
+)
+def test_a_malformed_request_is_answered(serving, request_line, capfd):
+    server = serving(lambda: None, lambda _: pytest.fail("no job was asked for"))
+    with socket.create_connection(server.server_address[:2], timeout=30) as connection:
+        connection.sendall(f"{request_line}\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))  # up to where the connection is closed
+    assert b" 400 " in answer.splitlines()[0] or b"Error code: 400" in answer
+    assert "Traceback" not in capfd.readouterr().err
+    assert ask(server, "GET", "/health")[0] == 200
+
+
 def test_every_job_starts_again_from_weights_that_are_read_once(platform, stack, serving):
     platform.give("a.tif", stack)
     server = serving(
@@ -439,6 +538,32 @@ def test_bad_arguments_are_refused_before_a_job_begins(platform, stack, tmp_path
     for changes in (*bad, {"time_limit": float("nan")}):
         assert platform.run(**changes) == 2
         assert capsys.readouterr().err.startswith("bad arguments: ")
+
+
+def test_no_iterations_are_allowed_where_there_are_weights(platform, stack, tmp_path):
+    platform.give("a.tif", stack)
+    none = tmp_path / "none.toml"
+    none.write_text(QUICK.replace("iterations = 2", "iterations = 0"))
+    for changes in ({"iterations": 0}, {"config": none}):
+        assert platform.run(**changes) == 0
+        assert platform.record("a.tif")["iterations"] == 0
+
+
+def test_no_iterations_without_weights_are_refused(platform, stack, monkeypatch, capsys):
+    platform.give("a.tif", stack)
+    shutil.rmtree(platform.model)
+    monkeypatch.setattr("restormer3d.settings.shipped_weights", lambda: None)
+    assert platform.run(iterations=0) == 1
+    assert "untrained" in one_reason(capsys)
+
+
+@pytest.mark.parametrize("line", ["[model]\nnum_refinement_blocks = 2", "[training]\niterations = -1"])
+def test_a_configuration_that_does_not_fit_the_weights_is_one_line_of_reason(platform, stack, tmp_path, line, capsys):
+    platform.give("a.tif", stack)
+    other = tmp_path / "other.toml"
+    other.write_text(line)
+    assert platform.run(config=other) == 1
+    assert line.split("\n")[0] in one_reason(capsys)
 
 
 @pytest.mark.parametrize("api", ["exec", "invoke"])
@@ -501,10 +626,12 @@ while 200 not in seen and server.poll() is None:
     time.sleep(0.1)
     seen.add(ask("GET", "/health"))
 statuses = []
-for name in ("first", "second"):
-    statuses.append(ask("POST", "/invoke"))
-    shutil.move("/mnt/output/images", "/mnt/output/" + name)
-server.terminate()
+try:
+    for name in ("first", "second"):
+        statuses.append(ask("POST", "/invoke"))
+        shutil.move("/mnt/output/images", "/mnt/output/" + name)
+finally:
+    server.terminate()
 print(json.dumps({"health": sorted(seen), "invoke": statuses, "exit": server.wait(30)}))
 """
 
@@ -580,6 +707,95 @@ def test_a_full_disk_is_one_line_of_reason(platform, stack):
 def test_the_scripts_are_valid_shell(name):
     done = subprocess.run(["bash", "-n", str(CONTAINER / name)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Stands in for a container engine: notes what it is asked, and answers as if both jobs went well, if not the same.
+ENGINE = """#!/usr/bin/env bash
+echo "$*" >>"$LOG"
+case "$*" in
+    "image inspect"*) [[ -n "$LABEL" ]] && echo "$LABEL" ;;
+    *sha256sum*) wc -l "$LOG" ;;
+    *"GET /health"*) echo 200 ;;
+    *"POST /invoke"*) echo 201 ;;
+    save*) echo image ;;
+esac
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run one of the scripts from another folder, with an engine that only notes what it is asked."""
+    engine, log = tmp_path / "engine", tmp_path / "log"
+    engine.write_text(ENGINE)
+    engine.chmod(0o755)
+    for temporary in ("tmp", "elsewhere"):
+        (tmp_path / temporary).mkdir()
+
+    def run(name: str, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        log.write_text("")
+        environment = os.environ | {"ENGINE": str(engine), "LOG": str(log), "TMPDIR": str(tmp_path / "tmp")}
+        environment |= {"LABEL": arguments[0] if arguments else "exec", "GPUS": ""} | variables
+        done = subprocess.run(
+            [str(CONTAINER / name), *arguments],
+            cwd=tmp_path / "elsewhere",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not list((tmp_path / "tmp").iterdir())
+        return done, log.read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["test.sh", "save.sh"])
+@pytest.mark.parametrize("arguments", [("mine.tif",), ("mine.tif", "exec"), ("exec", "mine.tif", "yours.tif")])
+def test_the_scripts_refuse_arguments_in_the_wrong_order(script, name, arguments):
+    done, asked = script(name, *arguments)
+    assert (done.returncode, asked) == (2, [])
+    assert done.stderr.startswith(f"usage: container/{name} [exec|invoke]")
+
+
+def test_save_packs_the_weights_that_are_named(script, tmp_path):
+    (tmp_path / "elsewhere" / "mine.safetensors").write_text("weights")
+    done, asked = script("save.sh", "invoke", "mine.safetensors", OUTPUT="here")
+    assert (done.returncode, asked) == (0, ["save restormer3d:invoke"]), done.stderr
+    written = tmp_path / "elsewhere" / "here"
+    assert sorted(path.name for path in written.iterdir()) == ["model.tar.gz", "restormer3d-invoke.tar.gz"]
+    with tarfile.open(written / "model.tar.gz") as tar:
+        assert tar.getnames() == ["mine.safetensors"]
+
+
+@pytest.mark.parametrize("label", ["", "invoke"])
+def test_an_image_that_is_not_there_or_another_is_not_run(script, label):
+    done, asked = script("test.sh", "exec", LABEL=label)
+    assert done.returncode == 1
+    assert [line.split()[0] for line in asked] == ["image"]
+
+
+def test_the_test_of_an_image_pulls_none(script, tmp_path):
+    (tmp_path / "elsewhere" / "mine.tif").write_text("a stack")
+    (tmp_path / "elsewhere" / "mine").mkdir()
+    done, asked = script("test.sh", "exec", "mine.tif", MODEL="mine")
+    assert done.returncode == 0, done.stderr
+    runs = [line for line in asked if line.startswith("run ")]
+    assert len(runs) == 3  # the job, its check, and the cleaning up
+    assert all("--pull never" in line for line in runs)
+    assert runs[0].endswith("restormer3d:exec --time-limit 10")
+    assert "/mine.tif" in runs[1]
+
+
+def test_two_jobs_are_to_give_the_same_but_on_a_gpu(script):
+    done, asked = script("test.sh", "invoke")
+    assert done.returncode == 1
+    assert "another result" in done.stderr
+    served = next(line for line in asked if "--detach" in line)
+    assert served.endswith("restormer3d:invoke --time-limit 10 --iterations 25")
+    assert all("--pull never" in line for line in asked if line.startswith("run "))
+    done, _ = script("test.sh", "invoke", GPUS="--gpus all")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ")
 
 
 def test_the_image_holds_all_weights_but_those_that_the_model_brings():

@@ -1,6 +1,7 @@
 """The container's command line: arguments in, exit status out.
 
-0: all stacks are denoised; 1: something failed, one line on standard error for each reason; 2: bad arguments.
+0: all stacks are denoised; 1: something failed, one line on standard error for each reason; 2: bad arguments;
+130: interrupted.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def challenge(
     port
         Of the invoke protocol.
     iterations
-        Noise2Void iterations on each stack, in place of the recipe's 800.
+        Noise2Void iterations on each stack, in place of the recipe's 800; 0 takes the weights as they are.
     config
         TOML file with tables [model], [training], [inference].
     """
@@ -85,7 +86,8 @@ def challenge(
 
     try:
         check_time_limit(time_limit)
-        settings(weights="none", iterations=iterations, config_file=config)
+        # As from scratch, but with an iteration: whether there are weights that need none is seen when they are loaded.
+        settings(weights="none", iterations=iterations or 1, config_file=config)
     except (OSError, ValueError) as error:
         return _refuse(error)
     if method == "invoke":

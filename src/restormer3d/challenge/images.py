@@ -77,7 +77,7 @@ def _simple_itk() -> Any:
 
 def _read_mha(path: Path) -> Any:
     try:
-        image = _simple_itk().ReadImage(str(path))
+        image = _simple_itk().ReadImage(str(path), imageIO="MetaImageIO")  # else it goes by the suffix: no *.MHA
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise StackError(f"{path}: expected a MetaImage file, SimpleITK can't read it: {reason}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 from restormer3d.arithmetic import torch_device
 from restormer3d.challenge.images import denoised_mha, set_resolution_unit
 from restormer3d.checkpoint import SMALL_NETWORKS, shipped_weights
+from restormer3d.config import TrainingConfig
 from restormer3d.progress import Say
+from restormer3d.selection import check_iterations
 from restormer3d.settings import Pretrained, Settings, build_model, settings
 from restormer3d.sidecar import weights_record
 from restormer3d.workflow import FAILURES, denoise_files, share_of_time
@@ -32,6 +34,7 @@ RECORDS = "restormer3d"  # folder in the output folder; a socket's own folder ma
 
 _TARDINESS = 0.1  # share of a time limit by which the network may end late before it is given up
 _EVIDENCE = 0.02  # share of a time limit after which the pace of a stage counts
+_SECOND_TRY = 0.05  # share of a time limit that has to be left for the network without training
 
 
 class JobError(ValueError):
@@ -39,7 +42,17 @@ class JobError(ValueError):
 
 
 class TooSlowError(RuntimeError):
-    """The network falls behind its plan: it would end after the time limit."""
+    """The network falls behind its plan: it would end after the time limit.
+
+    Attributes
+    ----------
+    prepared : float
+        Seconds that it took before its first step.
+    """
+
+    def __init__(self, message: str, prepared: float = 0.0) -> None:
+        super().__init__(message)
+        self.prepared = prepared
 
 
 @dataclass(frozen=True)
@@ -194,37 +207,70 @@ def denoise_one(loaded: Loaded, source: Path, output_folder: Path, seconds: floa
 
 
 def _denoise_tiff(loaded: Loaded, source: Path, target: Path, seconds: float, say: Say) -> dict[str, Any]:
-    """Denoise one TIFF file, by the Gaussian filter if the network turns out to be too slow; return the sidecar."""
+    """Denoise one TIFF file and return the sidecar.
+
+    If the network turns out to be too slow, it is tried once more without training, if it has weights, in the time that
+    is left; then the Gaussian filter takes over. The sidecar gives the reasons.
+    """
+    started = time.monotonic()
+    reasons: dict[str, str] = {}
+    failure = _by_network(loaded, loaded.chosen, source, target, seconds, say)
+    left = seconds - (time.monotonic() - started)
+    if isinstance(failure, TooSlowError) and loaded.chosen.weights and left > _least_time(seconds, failure.prepared):
+        reasons["instead_of_training"] = str(failure)
+        say(f"{source.name}: too slow ({failure}): the network as it is, without training, in {left / 60:.1f} min")
+        failure = _by_network(loaded, _untrained(loaded.chosen), source, target, left, say)
+    if isinstance(failure, TooSlowError):
+        reasons["instead_of_the_network"] = str(failure)
+        say(f"{source.name}: too slow for the network ({failure}): denoised with the Gaussian filter instead")
+        failed = denoise_files([source], target, loaded.chosen, method="gaussian", overwrite=True, say=say)
+        failure = failed.get(source)
+    if failure is not None:
+        raise failure
+    sidecar = target.with_name(target.name + ".json")
+    record = json.loads(sidecar.read_text())
+    sidecar.unlink()
+    return record | reasons
+
+
+def _by_network(
+    loaded: Loaded, chosen: Settings, source: Path, target: Path, seconds: float, say: Say
+) -> Exception | None:
+    """Denoise one TIFF file by the network, and return what went wrong."""
+    if seconds <= 0:
+        return TooSlowError("no time was left for it")
     failures = denoise_files(
         [source],
         target,
-        loaded.chosen,
-        method="restormer3d" if seconds > 0 else "gaussian",
+        chosen,
         device=str(loaded.device),
         time_limit=seconds / 60,
         overwrite=True,
         pretrained=loaded.pretrained,
-        progress=watch(seconds, say),
+        progress=watch(seconds, chosen.training, say),
         say=say,
     )
-    too_slow = failures.get(source)
-    if isinstance(too_slow, TooSlowError):
-        say(f"{source.name}: too slow for the network: denoised with the Gaussian filter instead")
-        failures = denoise_files([source], target, loaded.chosen, method="gaussian", overwrite=True, say=say)
-    if failures:
-        raise failures[source]
-    sidecar = target.with_name(target.name + ".json")
-    record = json.loads(sidecar.read_text())
-    sidecar.unlink()
-    return record | ({"instead_of_the_network": str(too_slow)} if too_slow else {})
+    return failures.get(source)
 
 
-def watch(seconds: float, say: Say) -> Watch:
+def _least_time(seconds: float, prepared: float) -> float:
+    """Of a limit of `seconds`, what has to be left for a second try; the machine may prepare it at half the speed."""
+    return max(0.0, _SECOND_TRY * seconds, 2 * prepared)
+
+
+def _untrained(chosen: Settings) -> Settings:
+    """The same settings, but for the weights to be taken as they are."""
+    return replace(chosen, training=chosen.training.model_copy(update={"warmup_iterations": 0, "iterations": 0}))
+
+
+def watch(seconds: float, training: TrainingConfig, say: Say) -> Watch:
     """Make a progress function that logs every tenth of a stage, and gives up a network that is too slow.
 
     The plan of a job comes from a calibration of a few seconds. If the machine gets slower after it, the network would
-    run into the platform's wall, and there would be no result at all.
+    run into the platform's wall, and there would be no result at all. A training that stops early may do so at its next
+    check, and is foreseen as far as that.
     """
+    stops_early = training.stop_early and training.held_out > 0
     started = time.monotonic()
     first: dict[str, tuple[float, int]] = {}  # time and steps of a stage when it was first heard of
     last: dict[str, int] = {}
@@ -239,11 +285,18 @@ def watch(seconds: float, say: Say) -> Watch:
         last[stage] = done
         if done == before or now - since < _EVIDENCE * seconds:
             return
-        end = now - started + (now - since) / (done - before) * (total - done)
+        foreseen = _next_check(done, total) if stops_early and stage.startswith("train") else total
+        end = now - started + (now - since) / (done - before) * (foreseen - done)
         if end > seconds * (1 + _TARDINESS):
-            raise TooSlowError(f"{stage}: {done} of {total}: the network would end after {end / 60:.1f} min")
+            prepared = next(iter(first.values()))[0] - started
+            raise TooSlowError(f"{stage}: {done} of {total}: the network would end after {end / 60:.1f} min", prepared)
 
     return progress
+
+
+def _next_check(done: int, total: int) -> int:
+    """Iterations after which a training next looks whether to end."""
+    return min((check for check in check_iterations(total) if check > done), default=total)
 
 
 def one_line(error: Exception) -> str:

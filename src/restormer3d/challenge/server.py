@@ -69,6 +69,7 @@ class InvokeHandler(BaseHTTPRequestHandler):
     """Answers GET /health and POST /invoke."""
 
     protocol_version = "HTTP/1.1"
+    path = ""  # of a request that is none
     server: InvokeServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
@@ -82,25 +83,37 @@ class InvokeHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer POST /invoke when the job is done: 201, or 500 with the reasons; the body says nothing we need."""
-        self._skip_body()
-        if self.path.split("?")[0].rstrip("/") != "/invoke":
+        if not self._skip_body():
+            got = self.headers["Content-Length"]
+            self._answer(HTTPStatus.BAD_REQUEST, {"error": f"Content-Length: expected a number of bytes, got {got}"})
+        elif self.path.split("?")[0].rstrip("/") != "/invoke":
             self._answer(HTTPStatus.NOT_FOUND, {"error": f"expected GET /health or POST /invoke, got POST {self.path}"})
-            return
-        self._answer(*self.server.invoke())
+        else:
+            self._answer(*self.server.invoke())
 
     def log_message(self, format: str, *args: object) -> None:
         """Log to standard output what is not a health check, which comes every few seconds."""
         if not self.path.startswith("/health"):
             self.server.say(f"{self.command} {self.path}: {args[1] if len(args) > 1 else format % args}")
 
-    def _skip_body(self) -> None:
-        """Read the body so that the next request of this connection starts where it ends."""
+    def _skip_body(self) -> bool:
+        """Read the body so that the next request of this connection starts where it ends; False if its end is not told.
+
+        A connection whose next request cannot be found is closed after the answer.
+        """
         if self.headers.get("Transfer-Encoding"):
             self.close_connection = True
-            return
-        left = int(self.headers.get("Content-Length") or 0)
+            return True
+        try:
+            left = int(self.headers.get("Content-Length") or 0)
+        except ValueError:
+            left = -1
+        if left < 0:
+            self.close_connection = True
+            return False
         while left > 0 and (piece := self.rfile.read(min(left, 2**16))):
             left -= len(piece)
+        return True
 
     def _answer(self, status: HTTPStatus, content: dict[str, object]) -> None:
         body = json.dumps(content).encode() + b"\n"
@@ -108,6 +121,8 @@ class InvokeHandler(BaseHTTPRequestHandler):
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
+            if self.close_connection:
+                self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(body)
         except ConnectionError:  # whoever asked did not wait; the results are there all the same
