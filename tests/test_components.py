@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d.activity import chunks, components
+from restormer3d.activity import components
 from restormer3d.activity.chunks import LEAST_FRAMES
 from restormer3d.activity.components import AddedNoise, refine_by_components
 from restormer3d.arithmetic import torch_device
@@ -150,7 +150,7 @@ def test_a_still_or_noiseless_stack_stays():
         np.testing.assert_allclose(out, stack, atol=1e-3)
 
 
-def test_long_stacks_are_taken_in_chunks(scene, monkeypatch):
+def test_long_stacks_are_taken_in_chunks(scene):
     clean, added = scene
     whole = refined(added)
     read = []
@@ -163,10 +163,9 @@ def test_long_stacks_are_taken_in_chunks(scene, monkeypatch):
             return added.stack[frames]
 
     depth = 40
-    monkeypatch.setattr(chunks, "_CHUNK_VOXELS", depth * SHAPE[1] * SHAPE[2])
     watched = AddedNoise(Watched(), added.variance)
     noisier = smooth(added)
-    out = np.stack(list(refine_by_components(smooth(added.stack), noisier, watched)))
+    out = np.stack(list(refine_by_components(smooth(added.stack), noisier, watched, depth=depth)))
     assert max(read) == depth
     assert next(noisier, None) is None  # every frame was asked for, and no more
     assert error(out, clean) < 0.6 * error(np.stack(list(smooth(added.stack))), clean)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d.activity import chunks
 from restormer3d.activity.courses import (
     apply_network,
     as_varied,
@@ -254,7 +253,7 @@ def test_the_light_of_a_stimulus_stays():
     assert float(change[40:44].abs().mean()) < 0.1
 
 
-def test_denoising_uses_them(monkeypatch):
+def test_denoising_uses_them():
     scene = simulate_scene((128, 64, 64), seed=77)
     noisy, clean = NoisyScene(scene, *noise_parameters(1), seed=4)[:], scene[:]
     chosen = settings(iterations=0)
@@ -274,6 +273,5 @@ def test_denoising_uses_them(monkeypatch):
     assert record["courses"] is not None
     _, record = denoised(FIELD_FRAMES - 1)
     assert record["courses"] is None
-    monkeypatch.setattr(chunks, "_CHUNK_VOXELS", (FIELD_FRAMES - 1) * 64 * 64)  # so large are frames
-    _, record = denoised()
+    _, record = denoised(chunk_voxels=(FIELD_FRAMES - 1) * 64 * 64)  # so large are frames
     assert record["courses"] is record["footprints"] is None

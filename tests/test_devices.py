@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from restormer3d import fitting, mixture, static_image
-from restormer3d.activity import chunks, components
+from restormer3d.activity import components
 from restormer3d.arithmetic import float64_device, forced_engine
 from restormer3d.config import ModelConfig
 from restormer3d.denoising import start_denoising
@@ -77,7 +77,7 @@ def test_a_stack_is_denoised_as_on_the_cpu(changed, float64, monkeypatch):
 
 @pytest.mark.parametrize("float64", [True, False])
 def test_so_are_planes_and_a_long_recording_in_chunks(float64, monkeypatch):
-    monkeypatch.setattr(chunks, "_MOST_FRAMES", 32)
+    monkeypatch.setattr(fitting, "chunk_frames", lambda *_: 32)
     other = photons(blinking_cells(52, 24, 28, seed=4) + 400, seed=4)
     in_turns = np.stack([NOISY, other], 1).reshape(-1, *NOISY.shape[1:])
     expected = denoised(in_turns, torch.device("cpu"), iterations=0, planes=2)

@@ -88,7 +88,7 @@ def test_the_transform_makes_noise_alike_and_is_taken_back(noise):
         np.testing.assert_allclose(slope[40:] ** 2 * noise.variance(intensities[40:]), 1, rtol=0.02)
 
 
-def test_only_the_static_part_of_a_stack_changes(scene, monkeypatch):
+def test_only_the_static_part_of_a_stack_changes(scene):
     noisy = NoisyScene(scene, *noise_parameters(2), seed=4)[:]
     chosen, device = settings(iterations=0), torch_device("cpu")
 
@@ -103,12 +103,12 @@ def test_only_the_static_part_of_a_stack_changes(scene, monkeypatch):
     truth = scene[:].mean(0)
     assert error(out.mean(0), truth) < 0.95 * error(without.mean(0), truth)
 
-    monkeypatch.setattr("restormer3d.activity.chunks._CHUNK_VOXELS", 40 * 64 * 64)  # too long to be held
-    long = denoised()
+    chunk = {"chunk_voxels": 40 * 64 * 64}
+    long = denoised(**chunk)
     assert error(long.mean(0), truth) < 1.05 * error(out.mean(0), truth)
-    without_components = denoised(components=False)
+    without_components = denoised(components=False, **chunk)
     assert error(without_components.mean(0), truth) < 1.05 * error(out.mean(0), truth)
-    assert error(long, scene[:]) < 0.97 * error(denoised(static_image=False), scene[:])
+    assert error(long, scene[:]) < 0.97 * error(denoised(static_image=False, **chunk), scene[:])
 
 
 def test_what_a_part_of_a_stack_has_of_its_own():

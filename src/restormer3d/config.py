@@ -181,6 +181,9 @@ class InferenceConfig(_Config):
     courses : bool
         Whether their courses in time are then denoised (see `activity.courses.denoise_courses`); only with
         `components`.
+    chunk_voxels : int
+        Voxels of the frames that components, footprints and courses look at together, where there are more in the
+        stack; about 40 bytes of memory for each. More frames tell more.
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but what `mend` and
         `stimulus_light` do (see `artefacts.planes.find_planes`). "auto" looks how many there are.
@@ -206,6 +209,7 @@ class InferenceConfig(_Config):
     components: bool = False
     footprints: bool = False
     courses: bool = False
+    chunk_voxels: Annotated[int, Field(ge=1)] = 2**26
     planes: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     mend: bool = False
     stimulus_light: bool = False

@@ -178,7 +178,13 @@ def _denoised_frames(
     )
     frames = denoise(source.stack, progress=progress)
     parts = chosen.inference
+    depth = chunk_frames(source.stack.shape, parts.chunk_voxels)
     added = _added_noise(source, noise, measured, say) if parts.components else None
+    if added is not None and depth < source.stack.shape[0]:
+        say(
+            f"components are taken from {depth} frames at a time; more of them tell more: [inference] chunk_voxels in a "
+            "--config file, where memory allows"
+        )
     static, mean_image = None, None
     if parts.static_image or parts.footprints:
         still = {"correlation": source.noise_correlation, "device": device}
@@ -191,10 +197,10 @@ def _denoised_frames(
             variance = added.variance if added else noise.variance(mean)
             mean_image = _mean_image(static, mean, variance, count, still)
     if added is None and mean_image is not None:
-        frames = _with_means(frames, source.stack, mean_image)
-    steps = _activity_steps(chosen, added, static, noise, float64_device(device), say) if added else {}
+        frames = _with_means(frames, source.stack, depth, mean_image)
+    steps = _activity_steps(chosen, added, depth, static, noise, float64_device(device), say) if added else {}
     if added is not None:
-        frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()), mean_image)
+        frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()), mean_image, depth)
     if images is not None:
         frames = put_back(frames, differences_of(images))
     done = {*steps, "static_image"} if mean_image is not None else set(steps)
@@ -206,6 +212,7 @@ def _denoised_frames(
 def _activity_steps(
     chosen: Settings,
     added: AddedNoise,
+    depth: int,
     static: np.ndarray | None,
     noise: NoiseEstimate,
     device: torch.device,
@@ -214,11 +221,11 @@ def _activity_steps(
     """What is done with components by networks of their own, by name."""
     parts = chosen.inference
     steps: dict[str, Step] = {}
-    if chunk_frames(added.shape) < FIELD_FRAMES:
+    if depth < FIELD_FRAMES:
         if parts.footprints or parts.courses:
             say(
-                f"footprints and courses of activity need {FIELD_FRAMES} frames together in memory, here are "
-                f"{chunk_frames(added.shape)}: these steps are left out"
+                f"footprints and courses of activity need {FIELD_FRAMES} frames together in memory, here are {depth}: "
+                "these steps are left out"
             )
         return steps
     if parts.footprints and static is not None:
@@ -305,14 +312,14 @@ def _mean_image(
     return denoised
 
 
-def _with_means(frames: Iterator[np.ndarray], stack: Any, mean_image: MeanImage) -> Iterator[np.ndarray]:
-    """Replace the mean of denoised frames (H, W), chunk by chunk."""
+def _with_means(frames: Iterator[np.ndarray], stack: Any, depth: int, mean_image: MeanImage) -> Iterator[np.ndarray]:
+    """Replace the mean of denoised frames (H, W), chunk by chunk of `depth` frames."""
 
     def change(start: int, denoised: np.ndarray) -> np.ndarray:
         recorded = stack[start : start + len(denoised)].mean(0, dtype=np.float64)
         return denoised + (mean_image(recorded, len(denoised)) - denoised.mean(0, dtype=np.float64)).astype(np.float32)
 
-    return in_chunks(((frame,) for frame in frames), stack.shape, change)
+    return in_chunks(((frame,) for frame in frames), stack.shape, depth, change)
 
 
 def _source(stack: Any, measured: np.ndarray | None, chosen: Settings, say: Say) -> tuple[TrainingStack, NoiseEstimate]:

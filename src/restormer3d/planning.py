@@ -169,7 +169,8 @@ def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Cal
 def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
     window = window_size(shape, inference)  # larger or smaller with other overlaps
     voxels = float(inference.symmetries * count_windows(shape, inference) * math.prod(window))
-    depth, chunks, pixels = chunk_frames(shape), count_chunks(shape), math.prod(shape[1:])
+    depth, pixels = chunk_frames(shape, inference.chunk_voxels), math.prod(shape[1:])
+    chunks = count_chunks(shape[0], depth)
     if inference.components:
         voxels = 2 * voxels + _COMPONENTS * chunks * depth * pixels
     if inference.components and depth >= FIELD_FRAMES:
@@ -201,11 +202,11 @@ def estimate(
     frames = 4 * shape[1] * shape[2]
     inference = chosen.inference
     window = window_size(shape, inference)
-    held = 4 * window[0]
+    held, depth = 4 * window[0], chunk_frames(shape, inference.chunk_voxels)
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
-        held = 2 * held + (7 + (inference.footprints or inference.courses)) * chunk_frames(shape)
+        held = 2 * held + (7 + (inference.footprints or inference.courses)) * depth
     elif inference.static_image:
-        held += 3 * chunk_frames(shape)
+        held += 3 * depth
     buffers = held * frames
     if device.type == "cpu":  # the calibration has just run, but for the part of the window that it did not time
         beyond = inference.batch_size * (math.prod(window) - math.prod(min(side, _TIMED_SIDE) for side in window))

@@ -14,22 +14,22 @@ LEAST_FRAMES = 16
 CHUNK_OVERLAP = 0.25
 """Share of the frames looked at together that the next ones are again, in a long stack."""
 
-_CHUNK_VOXELS = 2**26  # of frames that are looked at together
-_MOST_FRAMES = 4096  # of them: a filter along time is a matrix of their square
+
+def chunk_frames(shape: tuple[int, int, int], most_voxels: int = 2**26) -> int:
+    """Frames of a stack of this shape that are looked at together: no more than `most_voxels`, but for the least."""
+    return min(shape[0], max(LEAST_FRAMES, most_voxels // (shape[1] * shape[2])))
 
 
-def chunk_frames(shape: tuple[int, int, int]) -> int:
-    """Frames of a stack of this shape that are looked at together."""
-    return min(shape[0], _MOST_FRAMES, max(LEAST_FRAMES, _CHUNK_VOXELS // (shape[1] * shape[2])))
-
-
-def count_chunks(shape: tuple[int, int, int]) -> int:
-    """Chunks that :func:`in_chunks` takes a stack of this shape in."""
-    return len(window_starts(shape[0], chunk_frames(shape), CHUNK_OVERLAP))
+def count_chunks(frames: int, depth: int) -> int:
+    """Chunks of `depth` frames that :func:`in_chunks` takes a stack of so many in."""
+    return len(window_starts(frames, depth, CHUNK_OVERLAP))
 
 
 def in_chunks(
-    frames: Iterator[tuple[np.ndarray, ...]], shape: tuple[int, int, int], change: Callable[..., np.ndarray]
+    frames: Iterator[tuple[np.ndarray, ...]],
+    shape: tuple[int, int, int],
+    depth: int,
+    change: Callable[..., np.ndarray],
 ) -> Iterator[np.ndarray]:
     """Change frames chunk by chunk.
 
@@ -39,6 +39,8 @@ def in_chunks(
         One or more frames (H, W) for every frame of the stack, in order.
     shape : tuple of int
         Of the stack, (T, H, W).
+    depth : int
+        Frames of a chunk, T at most; see :func:`chunk_frames`.
     change : function
         From the first frame's number of a chunk, and the frames (T, H, W) float32 of each kind, to changed ones, which
         are its own.
@@ -48,7 +50,6 @@ def in_chunks(
     numpy.ndarray
         Frames (H, W) float32, in order. Memory does not grow with the length of the stack.
     """
-    depth = chunk_frames(shape)
     starts = window_starts(shape[0], depth, CHUNK_OVERLAP)
     first = next(frames)
     frames = chain([first], frames)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restormer3d.activity.chunks import in_chunks
+from restormer3d.activity.chunks import chunk_frames, in_chunks
 from restormer3d.activity.principal import leading_components
 from restormer3d.activity.smoothing import own_weights, smoothed
 from restormer3d.arithmetic import float64_device
@@ -107,6 +107,7 @@ def refine_by_components(
     device: str | torch.device = "cpu",
     then: Sequence[Step] = (),
     mean_image: MeanImage | None = None,
+    depth: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Reduce denoised frames to the components that stand out of noise, block by block.
 
@@ -130,6 +131,8 @@ def refine_by_components(
         What is done with the result, chunk by chunk.
     mean_image : MeanImage, optional
         What the mean of a chunk's frames becomes in the end; by default it stays as it was denoised.
+    depth : int, optional
+        Frames of a chunk, as `chunks.chunk_frames` says by default.
 
     Returns
     -------
@@ -148,7 +151,7 @@ def refine_by_components(
     def refined(start: int, clear: np.ndarray, response: np.ndarray) -> np.ndarray:
         return _refined(clear, response, added, start, where, then, mean_image)
 
-    return in_chunks(pairs, added.shape, refined)
+    return in_chunks(pairs, added.shape, depth or chunk_frames(added.shape), refined)
 
 
 def _refined(
