@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import pty
 import subprocess
 import sys
 import weakref
@@ -84,6 +86,9 @@ def test_help_does_not_import_torch():
         (["pretrain", "-o", "x", "--simulate", "1", "--device", "cpu", "--precision", "bf16"], "--engine reference"),
         (["denoise", "a/x.tif", "b/x.tif", "-o", "x"], "same file name"),
         (["denoise", "a.tif", "b.tif", "-o", "x.tif"], "one file"),
+        (["demo", "-o", "x.tif"], "expected a folder"),
+        (["demo", "--minutes", "-1"], "above 0"),
+        (["simulate", "-o", "x", "--read-noise", "-1"], "read-noise"),
     ],
 )
 def test_bad_arguments_exit_with_2_and_a_reason(arguments, reason):
@@ -177,6 +182,27 @@ def test_the_same_seed_gives_the_same_file(noisy_file, quick, tmp_path):
     for name in ("a.tif", "b.tif"):
         assert run("denoise", noisy_file, "-o", tmp_path / name, "--seed", 5, *quick) == 0
     assert np.array_equal(tifffile.imread(tmp_path / "a.tif"), tifffile.imread(tmp_path / "b.tif"))
+
+
+@pytest.mark.parametrize("listener", ["pipe", "terminal"])
+def test_work_goes_on_when_nobody_listens_any_more(noisy_file, tmp_path, listener):
+    theirs, ours = os.pipe() if listener == "pipe" else pty.openpty()
+    code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as under nohup
+    code += "from restormer3d.cli import main\nmain()"
+    command = ["denoise", tmp_path / "none.tif", noisy_file, "-o", tmp_path / "out", "--method", "temporal-mean"]
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, command)], stderr=ours, start_new_session=True)
+    os.close(ours)
+    os.close(theirs)
+    assert process.wait() == 1  # for the file that is not there
+    assert (tmp_path / "out" / noisy_file.name).exists()
+
+
+@pytest.mark.parametrize("name", ["mine.tif", "mine"])
+def test_the_demonstration_takes_the_place_of_no_file(tmp_path, name, capsys):
+    (tmp_path / name).write_bytes(b"precious")
+    assert run("demo", "-o", tmp_path / name) == 2
+    assert "expected a folder" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == b"precious"
 
 
 def test_one_bad_stack_does_not_stop_the_others(noisy_file, quick, tmp_path, capsys):

@@ -48,6 +48,30 @@ def test_a_denoised_file_is_scored_against_the_clean_one(scene, tmp_path, capsys
     assert "stsnr:" in capsys.readouterr().out
 
 
+def test_scores_take_the_place_of_no_file_unless_told(scene, tmp_path, capsys, monkeypatch):
+    scores = tmp_path / "denoised.tif.json"
+    scores.write_text("precious")
+    command = ["evaluate", "--clean", scene["clean.tif"], "--denoised", scene["noisy_level2.tif"], "--json", scores]
+    with monkeypatch.context() as patched:
+        patched.setattr("restormer3d.evaluation.evaluate", None)  # nothing is computed first
+        assert run(*command) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert scores.read_text() == "precious"
+    assert run(*command, "--overwrite") == 0
+    assert "stsnr" in json.loads(scores.read_text())
+    assert not list(tmp_path.glob(".*part*"))
+
+
+@pytest.mark.parametrize("name", ["noisy_level2.tif", "clean.tif", "masks.tif"])
+def test_scores_take_the_place_of_no_input(scene, name, capsys):
+    before = scene[name].read_bytes()
+    files = ["--clean", scene["clean.tif"], "--denoised", scene["noisy_level2.tif"], "--masks", scene["masks.tif"]]
+    assert run("evaluate", *files, "--json", scene[name], "--overwrite") == 1
+    assert "Choose another name" in capsys.readouterr().err
+    assert run("evaluate", "--real", scene[name], "--json", scene[name], "--overwrite") == 1
+    assert scene[name].read_bytes() == before
+
+
 def test_different_shapes_are_refused(scene, noisy_file, capsys):
     assert run("evaluate", "--clean", scene["clean.tif"], "--denoised", noisy_file) == 1
     assert "expected the shape" in capsys.readouterr().err

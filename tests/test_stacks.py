@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -23,7 +24,16 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restormer3d.stacks import StackError, check_output, check_stack, open_stack, to_dtype, write_stack
+from restormer3d.stacks import (
+    StackError,
+    TiffStack,
+    check_output,
+    check_stack,
+    open_stack,
+    to_dtype,
+    too_coarse,
+    write_stack,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DTYPES = ["int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32", "float64"]
@@ -242,6 +252,21 @@ def test_images_written_one_by_one_are_frames(tmp_path, block):
         np.testing.assert_array_equal(stack[:], data)
 
 
+def test_blocks_of_frames_appended_one_after_the_other_are_one_stack(tmp_path):
+    data, path = frames_of(shape=(9, 24, 32)), tmp_path / "in.tif"
+    for part in (data[:4], data[4:8], data[8]):
+        axes = {"axes": "TYX"[3 - part.ndim :]}
+        tifffile.imwrite(path, part, append=path.exists(), photometric="minisblack", metadata=axes)
+    rewrite(path, tmp_path / "out.tif")
+    for name in ("in.tif", "out.tif"):
+        with open_stack(tmp_path / name) as stack:
+            assert stack.axes == "TYX"
+            np.testing.assert_array_equal(stack[:], data)
+    tifffile.imwrite(path, data[:, ::2], append=True, photometric="minisblack", metadata={"axes": "TYX"})
+    with pytest.raises(StackError, match="expected one stack of frames, found 4 images"):
+        open_stack(path)
+
+
 def test_four_frames_that_tifffile_took_for_colors(tmp_path):
     data = frames_of(shape=(4, 24, 32))
     with warnings.catch_warnings():
@@ -335,6 +360,41 @@ def ome_set(path: Path, names: list[str], channels: int) -> Path:
     return save(path, frames_of(), "plain", description=xml.encode())
 
 
+def ome_xml(inside: str, channels: int = 1, times: int = 14, planes: int = 1) -> bytes:
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZTC" Type="int16" SizeX="32" SizeY="24" '
+        f'SizeC="{channels}" SizeZ="{planes}" SizeT="{times}">{inside}</Pixels></Image></OME>'
+    ).encode()
+
+
+IN_THIS_FILE = '<UUID FileName="in.ome.tif">urn:uuid:1</UUID></TiffData>'
+
+
+@pytest.mark.parametrize("start", ["<TiffData>", '<TiffData IFD="0">', '<TiffData IFD="0" PlaneCount="1">'])
+def test_an_ome_header_need_not_count_the_planes_of_its_own_file(tmp_path, start):
+    data = frames_of(shape=(14, 24, 32))
+    xml = ome_xml(start + IN_THIS_FILE, channels=2, times=7)
+    with pytest.raises(StackError, match="expected one channel, found 2: axes TCYX = 7 x 2"):
+        open_stack(save(tmp_path / "in.ome.tif", data, "plain", description=xml))
+    xml = ome_xml(start + IN_THIS_FILE, planes=2, times=7)
+    with pytest.raises(StackError, match="axes TZYX = 7 x 2"):
+        open_stack(save(tmp_path / "in.ome.tif", data, "plain", description=xml))
+    with open_stack(save(tmp_path / "in.ome.tif", data, "plain", description=ome_xml(start + IN_THIS_FILE))) as stack:
+        assert (stack.axes, stack.shape, stack.note) == ("TYX", data.shape, "")
+    elsewhere = '<TiffData FirstC="1"><UUID FileName="other.ome.tif">urn:uuid:2</UUID></TiffData>'
+    xml = ome_xml("<TiffData>" + IN_THIS_FILE + elsewhere, channels=2)
+    with open_stack(save(tmp_path / "in.ome.tif", data, "plain", description=xml)) as stack:
+        assert stack.shape == data.shape
+
+
+def test_channels_of_an_ome_header_that_tifffile_does_not_follow_are_not_mixed_as_time(tmp_path):
+    xml = ome_xml('<TiffData IFD="99" PlaneCount="14"/>', channels=2, times=7)
+    source = save(tmp_path / "in.tif", frames_of(shape=(14, 24, 32)), "plain", description=xml)
+    with pytest.raises(StackError, match="expected one channel, found 2"):
+        open_stack(source)
+
+
 @pytest.mark.parametrize("name", ["run_Ch2.ome.tif", "renamed.tif"])
 def test_one_file_of_a_set_of_channels(tmp_path, name):
     source = ome_set(tmp_path / name, ["run_Ch1.ome.tif", "run_Ch2.ome.tif"], channels=2)
@@ -414,6 +474,65 @@ def test_ome_metadata_is_kept(tmp_path):
     }
     assert pixels["Channel"]["Name"] == "GCaMP"
     assert [plane["DeltaT"] for plane in pixels["Plane"]] == [t / 30 for t in range(7)]
+
+
+IMAGEJ = "ImageJ=1.53t\nimages=5\n{}=5\nhyperstack=true\n"
+
+
+@pytest.mark.parametrize("dialect", ["plain", "zlib"])
+@pytest.mark.parametrize(
+    ("header", "axes"),
+    [
+        (IMAGEJ.format("frames"), "TYX"),
+        (IMAGEJ.format("slices"), "ZYX"),
+        ("ImageJ=1.53t\nimages=5\n", "IYX"),
+        (ome_xml("<TiffData/>", times=5), "TYX"),
+        (ome_xml("<TiffData/>", times=1, planes=5), "ZYX"),
+        (ome_xml('<TiffData IFD="0" PlaneCount="5"/>', times=5), "TYX"),
+    ],
+)
+def test_no_page_is_lost_to_a_header_that_promises_fewer(tmp_path, header, axes, dialect):
+    data = frames_of(shape=(14, 24, 32))
+    source = save(tmp_path / "in.tif", data, dialect, metadata=None, description=header, software=False)
+    with open_stack(source) as stack:
+        assert stack.axes == axes
+        assert ("promises 5 frames, it holds 14" in stack.note) == (axes != "IYX")
+    np.testing.assert_array_equal(rewrite(source, tmp_path / "out.tif"), data)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out.tif"), data)
+    with open_stack(tmp_path / "out.tif") as stack:
+        assert (stack.axes, stack.shape) == (axes, data.shape)
+        assert "promises" not in stack.note
+    assert b"images=5" not in (tmp_path / "out.tif").read_bytes()
+
+
+def test_a_description_beside_the_axes_is_kept_with_them(tmp_path):
+    source = save(tmp_path / "in.tif", frames_of(), description="laser 920 nm", metadata={"axes": "TYX", "fps": 30.0})
+    rewrite(source, tmp_path / "out.tif")
+    assert series(tmp_path / "out.tif") == series(source)
+    with tifffile.TiffFile(source) as before, tifffile.TiffFile(tmp_path / "out.tif") as after:
+        assert after.pages[0].description == "laser 920 nm"
+        assert after.shaped_metadata == before.shaped_metadata
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("bigtiff", [True, False])
+def test_the_place_of_an_image_is_kept(tmp_path, bigtiff, byteorder):
+    places = [(286, 5, 1, (3, 2), True), (287, 10, 1, (-7, 2), True), (297, 3, 2, (0, 7), True)]
+    file = {"bigtiff": bigtiff, "byteorder": byteorder}
+    rewrite(save(tmp_path / "in.tif", frames_of(), "plain", extratags=places, **file), tmp_path / "out.tif")
+    assert [tag(tmp_path / "out.tif", code) for code in (286, 287, 297)] == [(3, 2), (-7, 2), (0, 7)]
+    with tifffile.TiffFile(tmp_path / "out.tif") as tif:
+        assert [tif.pages[0].tags[code].count for code in (286, 287, 297)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("first", [1, 2, 6])
+def test_tags_of_single_pages_are_kept(tmp_path, first):
+    times = [f"2024:01:01 00:00:0{t}" if t >= first else None for t in range(7)]
+    with tifffile.TiffWriter(tmp_path / "in.tif") as writer:
+        for frame, time in zip(frames_of(), times, strict=True):
+            writer.write(frame, photometric="minisblack", metadata=None, software=False, datetime=time)
+    rewrite(tmp_path / "in.tif", tmp_path / "out.tif")
+    assert [tag(tmp_path / "out.tif", "DateTime", t) for t in range(7)] == times
 
 
 def test_plain_tags_are_kept(tmp_path):
@@ -565,6 +684,40 @@ def test_bad_files_are_named_with_what_to_do(tmp_path, name, caplog, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def single_page_ome(folder: Path, described: str) -> list[Path]:
+    """Write a file for each frame, as Bruker does; the header of each tells of all files or only of its own."""
+    paths = [folder / f"run_{t:06}.ome.tif" for t in range(7)]
+    planes = "".join(
+        f'<TiffData IFD="0" FirstT="{t}" PlaneCount="1"><UUID FileName="{path.name}">urn:uuid:{t}</UUID></TiffData>'
+        for t, path in enumerate(paths)
+    )
+    header = {
+        "all": ome_xml(planes, times=7),
+        "own": ome_xml('<TiffData IFD="0" PlaneCount="1"/>', times=1),
+        "companion": b'<?xml version="1.0"?><OME><BinaryOnly MetadataFile="run.companion.ome"/></OME>',
+        "nothing": b"",
+    }[described]
+    for path, frame in zip(paths, frames_of(), strict=True):
+        save(path, frame, "plain", description=header)
+    return paths
+
+
+@pytest.mark.parametrize("described", ["all", "own", "companion", "nothing"])
+def test_how_to_join_files_of_one_frame_each_is_said_so_that_it_works(tmp_path, monkeypatch, described):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StackError, match="If every frame is a file, join them") as error:
+        open_stack(single_page_ome(tmp_path, described)[3])
+    exec(str(error.value).split("join them: ")[1].removesuffix("."), {"tifffile": tifffile})
+    with open_stack("stack.tif") as stack:
+        np.testing.assert_array_equal(stack[:], frames_of())
+
+
+def test_a_path_that_is_none_is_refused_and_leaves_nothing_to_close():
+    with pytest.raises(TypeError):
+        TiffStack(None)  # pyright: ignore[reportArgumentType]
+    gc.collect()
+
+
 @pytest.mark.parametrize("form", ["one directory", "page by page", *DIALECTS])
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
 def test_truncated_files_are_refused(tmp_path, form, part):
@@ -686,6 +839,45 @@ def test_clipped_voxels_are_counted_over_blocks(tmp_path):
     summary = write_stack(tmp_path / "out.tif", blocks, shape=frames.shape, dtype="uint8")
     assert (summary.frames, summary.clipped_low, summary.clipped_high, summary.clipped_voxels) == (6, 3, 1, 4)
     assert tifffile.imread(tmp_path / "out.tif").max() == 255
+
+
+def result_of(level: float, activity: float, contrast: float, shape: tuple[int, int, int] = (60, 24, 32)) -> np.ndarray:
+    """Make a denoised movie: an image of some contrast, and a few cells whose activity rises and falls."""
+    rng = np.random.default_rng(3)
+    image = level + contrast * rng.standard_normal(shape[1:])
+    courses = np.sin(np.arange(shape[0]) / 5)[:, None, None] * (rng.random(shape[1:]) < 0.1)
+    return (image + activity * courses + 0.003 * rng.standard_normal(shape)).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("level", "activity", "contrast", "coarse"),
+    [
+        (0.2, 0.1, 0.03, True),  # photons, of which a pixel counts one in five frames
+        (6, 2, 1, True),
+        (60, 20, 10, False),
+        (200, 0, 30, False),  # an image that stands still
+        (0.2, 0, 0.05, True),
+        (300, 0.2, 1, True),
+    ],
+)
+def test_steps_coarser_than_what_is_left_to_tell_apart_are_found(tmp_path, level, activity, contrast, coarse):
+    movie = result_of(level, activity, contrast)
+    summary = write_stack(tmp_path / "out.tif", movie, shape=movie.shape, dtype="uint16")
+    assert bool(too_coarse(summary.rounding_share, np.dtype(np.uint16))) == coarse
+    error = (np.rint(movie) - movie).astype(float).var() + np.mean(np.rint(movie) - movie) ** 2
+    if activity:
+        assert summary.rounding_share == pytest.approx(error / movie.astype(float).var(0).mean(), rel=0.01)
+    far = write_stack(tmp_path / "far.tif", movie.astype(float) + 2e9, shape=movie.shape, dtype="uint32")
+    assert far.rounding_share == pytest.approx(summary.rounding_share, rel=1e-3)
+
+
+def test_nothing_is_lost_where_nothing_is_rounded(tmp_path):
+    movie = result_of(0.2, 0.1, 0.03)
+    for dtype, frames in (("float32", movie), ("uint16", np.rint(movie)), ("uint16", np.rint(movie).astype("uint16"))):
+        summary = write_stack(tmp_path / "out.tif", frames, shape=movie.shape, dtype=dtype, overwrite=True)
+        assert summary.rounding_share == 0
+    flat = write_stack(tmp_path / "out.tif", np.full((3, 4, 5), 0.25), shape=(3, 4, 5), dtype="uint16", overwrite=True)
+    assert flat.rounding_share == np.inf
 
 
 def test_a_new_file_has_axes_and_resolution_tags(tmp_path):

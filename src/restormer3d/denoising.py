@@ -22,7 +22,7 @@ from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
-from restormer3d.stacks import TiffStack, check_stack, finished_frames
+from restormer3d.stacks import Rounding, TiffStack, check_stack, finished_frames, too_coarse
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
 _ASIDE_BYTES = 2**28  # of a plane's denoised frames that wait in memory; more wait in a temporary file
@@ -54,8 +54,11 @@ def array_and_record(
     output = np.empty(stack.shape, stack.dtype)
     with forced_engine(chosen.engine):  # frames are computed as they are asked for
         result = start_denoising(stack, chosen, method, torch_device(device), seconds, progress, say, pretrained)
-        for t, frame in enumerate(finished_frames(result.frames, stack.shape, stack.dtype)):
+        lost = Rounding()
+        for t, frame in enumerate(finished_frames(result.frames, stack.shape, stack.dtype, lost)):
             output[t] = frame
+    if coarse := too_coarse(lost.share(), stack.dtype):
+        say(coarse)
     return output, result.record
 
 

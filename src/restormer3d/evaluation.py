@@ -13,6 +13,7 @@ import numpy as np
 import tifffile
 
 from restormer3d.artefacts.planes import find_planes, of_one_image
+from restormer3d.checkpoint import replacing
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
@@ -135,9 +136,10 @@ def evaluate_real(
 
 
 def write_json(path: Path, scores: dict[str, Any]) -> None:
-    """Write scores to a JSON file; what is undefined (NaN) becomes null."""
+    """Write scores to a JSON file, in one step; what is undefined (NaN) becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(scores), indent=2) + "\n")
+    with replacing(path) as part:
+        part.write_text(json.dumps(as_json(scores), indent=2) + "\n")
 
 
 def _same_shape(clean: TiffStack, other: TiffStack) -> None:

@@ -182,8 +182,8 @@ def _denoised_frames(
     added = _added_noise(source, noise, measured, say) if parts.components else None
     if added is not None and depth < source.stack.shape[0]:
         say(
-            f"components are taken from {depth} frames at a time; more of them tell more: [inference] chunk_voxels in a "
-            "--config file, where memory allows"
+            f"components are taken from {depth} frames at a time; more tell more, where memory allows: [inference] "
+            "chunk_voxels in a --config file"
         )
     static, mean_image = None, None
     if parts.static_image or parts.footprints:

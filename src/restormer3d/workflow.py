@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from restormer3d.stacks import (
     check_output,
     check_stack,
     open_stack,
+    too_coarse,
     write_stack,
 )
 
@@ -36,7 +38,7 @@ FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, Loo
 
 
 def denoise(
-    stack: np.ndarray | str | Path,
+    stack: np.ndarray | TiffStack | str | Path,
     *,
     recipe: Recipe = "default",
     method: Method = "restormer3d",
@@ -60,8 +62,8 @@ def denoise(
 
     Parameters
     ----------
-    stack : numpy.ndarray or path
-        Noisy intensities with shape (T, H, W), or the TIFF file that holds them.
+    stack : numpy.ndarray, TiffStack or path
+        Noisy intensities with shape (T, H, W), or the TIFF file that holds them; an open one stays open.
     recipe : {"default", "published"}
         Named settings; see :func:`restormer3d.config.recipe`.
     method : {"restormer3d", "gaussian", "temporal-mean", "svd"}
@@ -101,7 +103,11 @@ def denoise(
         If the stack cannot be denoised: not (T, H, W), not numbers, constant, NaN, unreadable.
     ValueError
         If a setting is out of range.
+    TypeError
+        If the stack is something else.
     """
+    _check_known("engine", engine, Engine)
+    _check_known("precision", precision, Precision)
     check_time_limit(time_limit)
     chosen = settings(
         recipe,
@@ -117,13 +123,31 @@ def denoise(
         precision=precision,
         engine=engine,
     )
-    with nullcontext(stack) if isinstance(stack, np.ndarray) else open_stack(stack) as source:
+    with _opened(stack) as source:
         denoised, record = array_and_record(
             source, chosen, method=method, device=device, time_limit=time_limit, progress=progress, say=say
         )
     if "instead_of_the_network" in record:
         warnings.warn(f"{time_limit:g} minutes suffice for no network: the Gaussian filter stands in", stacklevel=2)
     return denoised
+
+
+def _check_known(name: str, value: str, known: Any) -> None:
+    """Refuse what a filter would not even look at."""
+    if value not in get_args(known):
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {value!r}")
+
+
+def _opened(stack: Any) -> AbstractContextManager[np.ndarray | TiffStack]:
+    """Open a stack that is named by its path; whatever else is given stays open."""
+    if isinstance(stack, (np.ndarray, TiffStack)):
+        return nullcontext(stack)
+    if isinstance(stack, (str, os.PathLike)):
+        return open_stack(Path(stack))
+    raise TypeError(
+        f"expected an array (T, H, W), an open TiffStack or the path of a TIFF file, got {type(stack).__name__}. "
+        "Make it an array first, with np.asarray."
+    )
 
 
 def denoise_files(
@@ -255,9 +279,9 @@ def _denoise_file(
     with open_stack(source) as stack, forced_engine(chosen.engine):
         check_output(target, stack.shape, stack.dtype, source=source, overwrite=overwrite)
         beside = target.with_name(target.name + ".json")
-        _check_file(beside, overwrite, (source, target))
+        check_file(beside, overwrite, (source, target))
         if save_weights_to is not None:
-            _check_file(save_weights_to, overwrite, (source, target, beside))
+            check_file(save_weights_to, overwrite, (source, target, beside))
         tell(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
         check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]))
         remaining = None if seconds is None else seconds - (time.monotonic() - started)
@@ -265,6 +289,8 @@ def _denoise_file(
         written = write_stack(
             target, result.frames, shape=stack.shape, dtype=stack.dtype, like=stack, overwrite=overwrite
         )
+        if coarse := too_coarse(written.rounding_share, stack.dtype):
+            tell(f"{source.name}: {coarse}")
         record = sidecar(stack, check, target, asdict(written), result.record, messages, time.monotonic() - started)
     with replacing(beside) as part:
         part.write_text(json.dumps(as_json(record), indent=2, allow_nan=False) + "\n")
@@ -277,8 +303,25 @@ def _denoise_file(
     say(f"{source.name}: written to {target} in {(time.monotonic() - started) / 60:.1f} min{clipped}")
 
 
-def _check_file(path: Path, overwrite: bool, others: tuple[Path, ...]) -> None:
-    """Find out before an hour of work whether what goes beside a stack can be written, and overwrites nothing."""
+def check_file(path: Path, overwrite: bool, others: tuple[Path, ...]) -> None:
+    """Find out before an hour of work whether what goes beside a stack can be written, and overwrites nothing.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write; the folders above it are made.
+    overwrite : bool
+        Whether an existing file may be replaced.
+    others : tuple of Path
+        Recordings and results, which it must not be.
+
+    Raises
+    ------
+    ValueError
+        If it is one of the others.
+    OSError
+        If it exists, or its folder can't be written to.
+    """
     if path.resolve() in [other.resolve() for other in others]:
         raise ValueError(f"{path}: it is the recording or its result. Choose another name.")
     if path.is_dir():

@@ -11,7 +11,7 @@ import sys
 from cyclopts import CycloptsError
 
 from restormer3d.cli import denoising, measuring, training
-from restormer3d.cli.terminal import app, refuse, say
+from restormer3d.cli.terminal import app, close_error_stream, refuse, say
 
 __all__ = ["app", "denoising", "main", "measuring", "training"]
 
@@ -29,4 +29,5 @@ def main() -> None:
     except KeyboardInterrupt:
         say("interrupted: no half-written file is left")
         status = 130
+    close_error_stream()
     sys.exit(status)

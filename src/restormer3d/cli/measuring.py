@@ -33,6 +33,7 @@ def evaluate(
     threads: int | None = None,
     time_limit: float | None = None,
     json: Path | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Score a denoised stack against a clean one, or methods on a real recording by frames they never saw.
 
@@ -73,10 +74,13 @@ def evaluate(
         With --real: minutes for each denoising.
     json
         File for the scores.
+    overwrite
+        Replace an existing file of scores.
     """
     from restormer3d.arithmetic import torch_device, usable
     from restormer3d.evaluation import evaluate, evaluate_real, write_json
     from restormer3d.settings import check_time_limit, settings
+    from restormer3d.workflow import check_file
 
     try:
         set_threads(threads)
@@ -95,7 +99,10 @@ def evaluate(
         usable(engine, precision, torch_device(device))
     except ValueError as error:
         return refuse(error)
+    inputs = tuple(path for path in (noisy_stack, clean, denoised, noisy, masks) if path is not None)
     try:
+        if json is not None:
+            check_file(json, overwrite, inputs)
         if noisy_stack is not None and real:
             with progress_bars() as progress:
                 scores = evaluate_real(
@@ -111,9 +118,9 @@ def evaluate(
             assert clean is not None
             assert denoised is not None
             scores = evaluate(denoised, clean=clean, noisy=noisy, masks=masks, frame_rate_hz=frame_rate_hz)
-        _print_scores(scores)
         if json is not None:
             write_json(json, scores)
+        _print_scores(scores)  # last: whoever reads along may go away
         if any(isinstance(score, dict) and "failed" in score for score in scores.values()):
             return 1
     except (OSError, ValueError, RuntimeError) as error:
@@ -159,6 +166,8 @@ def simulate(
     from restormer3d.evaluation import simulate
     from restormer3d.simulation import noise_parameters
 
+    if read_noise is not None and not 0 <= read_noise < float("inf"):
+        raise ValueError(f"read-noise: expected a standard deviation of at least 0, got {read_noise:g}")
     level_gain, level_variance = noise_parameters(noise_level)
     named = f"level{noise_level}" if gain is None and read_noise is None else ""
     simulate(

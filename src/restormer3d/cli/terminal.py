@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec, cast
 
 from cyclopts import App
 from rich.console import Console
@@ -21,13 +23,49 @@ app = App(
 
 _Arguments = ParamSpec("_Arguments")
 
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _ErrorStream:
+    """The error stream, but that a terminal or pipe that goes away, or a full disk, stops no work."""
+
+    @property
+    def rich_proxied_file(self) -> _ErrorStream:
+        """Itself, so that rich writes here and not to the stream behind."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_standard_error(), name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            _standard_error().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            _standard_error().flush()
+
+
+def _standard_error() -> Any:
+    """Return the stream behind what rich puts in its place while it shows bars; there may be none at all."""
+    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return io.StringIO() if stream is None else stream
+
+
+_console = Console(file=cast(Any, _ErrorStream()), highlight=False, soft_wrap=True)
 _STAGES = {"check": "reading", "train": "training", "denoise": "denoising", "svd": "denoising"}
 
 
 def say(text: str) -> None:
     """Print a line for the user, on the error stream: the output stream is for results."""
     _console.print(text, markup=False)
+
+
+def close_error_stream() -> None:
+    """Forget what nobody could be told any more: Python would fail over it at the very end."""
+    try:
+        _standard_error().flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def refuse(error: Exception) -> int:

@@ -4,10 +4,12 @@ from restormer3d.stacks.chain import StackError
 from restormer3d.stacks.check import StackCheck, check_stack
 from restormer3d.stacks.layout import TIFF_SUFFIXES
 from restormer3d.stacks.read import TiffStack, open_stack
+from restormer3d.stacks.rounding import Rounding, too_coarse
 from restormer3d.stacks.write import WriteSummary, check_folder, check_output, finished_frames, to_dtype, write_stack
 
 __all__ = [
     "TIFF_SUFFIXES",
+    "Rounding",
     "StackCheck",
     "StackError",
     "TiffStack",
@@ -18,5 +20,6 @@ __all__ = [
     "finished_frames",
     "open_stack",
     "to_dtype",
+    "too_coarse",
     "write_stack",
 ]

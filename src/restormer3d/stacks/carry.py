@@ -7,6 +7,7 @@ pages copied byte for byte; only descriptions that would not be true of the new 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -42,11 +43,11 @@ CARRIED_TAGS = {
     51123: "MicroManagerMetadata",
 }
 DESCRIPTION, SOFTWARE = 270, 305
-ASCII = 2
+ASCII, RATIONALS = 2, {5: "I", 10: "i"}
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, COLOR_MAP = 282, 283, 296, 320
 SCANIMAGE_MAGIC = 0x07030301
 
-ExtraTag = tuple[int, int, int, bytes, bool]
+ExtraTag = tuple[int, int, int, bytes | tuple[int, ...], bool]
 
 
 class WriteOptions(NamedTuple):
@@ -85,9 +86,10 @@ def write_options(
     if (tuple(shape), dtype) != (like.shape, like.dtype):
         raise ValueError(f"expected the shape {like.shape} and dtype {like.dtype} of {like.path}, got {shape}, {dtype}")
     tags = carried_tags(like, 0)
-    own_tags = carried_tags(like, 1)
-    per_page = len(like.layout.page_offsets) > 1 and (bool(own_tags) or like.layout.joined)
-    too_large = file_bytes(shape, dtype, 2 * sum(len(tag[3]) for tag in own_tags)) > classic_limit
+    later = {frame for code, frame in like.layout.later_tags.items() if code in CARRIED_TAGS}
+    per_page = len(like.layout.page_offsets) > 1 and (bool(later) or like.layout.joined)
+    own_bytes = max((sum(len(tag[3]) for tag in carried_tags(like, frame)) for frame in later), default=0)
+    too_large = file_bytes(shape, dtype, 2 * own_bytes) > classic_limit
     # Past 4 GB ImageJ writes a classic TIFF with one directory that describes all frames, and opens no BigTIFF
     # without a plugin: what came in that form goes out in it.
     one_page = like.layout.kind == "imagej" and len(like.layout.page_offsets) == 1 and not like.is_bigtiff
@@ -99,16 +101,22 @@ def write_options(
 def carried_tags(like: TiffStack, frame: int) -> list[ExtraTag]:
     """Return the tags of a frame's page that describe the recording, as tifffile's extra tags."""
     try:
-        found = like.frame_tags(frame)
+        found = [tag for tag in like.frame_tags(frame) if tag[0] in CARRIED_TAGS]
     except StackError:  # the voxels are worth more than the tags of a damaged directory
         return []
-    tags = {code: (code, *found[code], True) for code in CARRIED_TAGS if code in found}
-    if frame == 0 and DESCRIPTION in tags:
-        description = _description(like, tags[DESCRIPTION][3])
-        tags[DESCRIPTION] = (DESCRIPTION, ASCII, 0, description, True)
-        if not description.strip(b"\0"):
-            del tags[DESCRIPTION]
-    return list(tags.values())
+    tags: list[ExtraTag] = []
+    for code, kind, count, value in found:  # of descriptions there may be two: the user's and tifffile's own
+        if frame == 0 and code == DESCRIPTION:
+            description = _description(like, value)
+            if description.strip(b"\0"):
+                tags.append((code, ASCII, 0, description, True))
+        elif kind in RATIONALS:  # tifffile counts packed pairs twice
+            pairs = struct.iter_unpack(f"{like.byteorder}2{RATIONALS[kind]}", value[: len(value) // 8 * 8])
+            values = tuple(number for pair in pairs for number in pair)
+            tags.append((code, kind, len(values) // 2, values, True))
+        else:
+            tags.append((code, kind, count, value, True))
+    return tags
 
 
 def _look(like: TiffStack) -> dict[str, Any]:
@@ -128,11 +136,16 @@ def _look(like: TiffStack) -> dict[str, Any]:
 def _description(like: TiffStack, raw: bytes) -> bytes:
     """Return the first page's description, true for a file that holds all frames, one per page."""
     text = raw.rstrip(b"\0").decode("utf-8", "replace")
+    if text.startswith("ImageJ="):
+        counted = {"T": b"images|frames", "Z": b"images|slices"}.get(like.axes[0], b"images")
+        return re.sub(rb"(?m)^(%b)=\d+" % counted, rb"\1=%d" % like.shape[0], raw)
     try:
         if like.layout.kind == "shaped":
-            return json.dumps({key: value for key, value in json.loads(text).items() if key != "truncated"}).encode()
+            header = json.loads(text)
+            if isinstance(header, dict) and "truncated" in header:
+                return json.dumps({key: value for key, value in header.items() if key != "truncated"}).encode()
         if "<OME" in text[:2000]:
-            return single_file_ome(text, like.path.name, like.shape[0]).encode()
+            return single_file_ome(text, like.path.name, like.shape[0], like.axes[0]).encode()
     except (ElementTree.ParseError, ValueError):  # a header that tifffile did not follow either
         return b"" if names_other_files(text) else raw
     return raw

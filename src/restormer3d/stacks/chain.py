@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 MAX_TAGS = 4096  # as in libtiff and tifffile: more means that the file is damaged
 
@@ -13,7 +13,6 @@ MAX_TAGS = 4096  # as in libtiff and tifffile: more means that the file is damag
 GEOMETRY = (256, 257, 258, 259, 277, 278, 317, 322, 323, 339)
 
 Geometry = tuple[tuple[int, int], ...]  # (tag, value)
-PageChain = dict[int, Geometry]  # from the position of each page's directory, in order
 
 SIGNATURES = {
     b"\x89PNG": "a PNG image",
@@ -25,6 +24,21 @@ SIGNATURES = {
     b"RIFF": "an AVI movie",
     b"\x1f\x8b": "a gzip archive",
 }
+
+
+class PageChain(NamedTuple):
+    """The pages of a file, in order.
+
+    Attributes
+    ----------
+    pages : dict
+        From the position of each page's directory to its geometry: (tag, value) pairs.
+    later_tags : dict
+        From the code of every tag of the pages after the first to the position of the first of them that has it.
+    """
+
+    pages: dict[int, Geometry]
+    later_tags: dict[int, int]
 
 
 class StackError(ValueError):
@@ -47,15 +61,15 @@ def page_chain(path: Path) -> PageChain:
 
     Returns
     -------
-    dict
-        From the position of each page's directory to its geometry: (tag, value) pairs.
+    PageChain
 
     Raises
     ------
     StackError
         Not a TIFF file, no page, or a chain that leaves the file or bites its tail.
     """
-    pages: PageChain = {}
+    pages: dict[int, Geometry] = {}
+    later: dict[bytes, int] = {}
     known: dict[bytes, Geometry] = {}  # most pages have the same geometry: parse it once
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -78,7 +92,9 @@ def page_chain(path: Path) -> PageChain:
                 raise damaged(path, f"the file ends inside the directory of page {len(pages)}") from error
             if not pages and _text_end(directory, order, entry) > size:
                 raise damaged(path, f"its description goes on beyond the end of the file at {size}")
-            entries = (directory[i : i + entry] for i in range(0, len(directory), entry))
+            entries = [directory[i : i + entry] for i in range(0, len(directory), entry)]
+            for code in {e[:2] for e in entries} - later.keys() if pages else ():
+                later[code] = offset
             geometry = b"".join(e for e in entries if e[:2] in codes)
             if geometry not in known:
                 known[geometry] = _geometry(geometry, order, entry)
@@ -86,7 +102,7 @@ def page_chain(path: Path) -> PageChain:
             offset = following
     if not pages:
         raise StackError(f"{path}: the file is empty: a TIFF header without a single image.")
-    return pages
+    return PageChain(pages, {struct.unpack(f"{order}H", code)[0]: place for code, place in later.items()})
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[str, bool, int]:

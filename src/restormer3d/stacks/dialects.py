@@ -38,8 +38,8 @@ def header_sizes(tif: tifffile.TiffFile, file_name: str) -> dict[str, int]:
     Empty where no header says anything; R only where there are several.
     """
     page = tif.pages.first
-    if "<OME" in page.description[:2000] and names_other_files(page.description):
-        return _ome_sizes(page.description, file_name)
+    if "<OME" in page.description[:2000]:
+        return _ome_sizes(page.description, file_name, len(tif.pages))
     if page.is_imagej:
         header = tif.imagej_metadata or {}
         names = {"T": "frames", "Z": "slices", "C": "channels"}
@@ -79,27 +79,38 @@ def planes_in_turns(tif: tifffile.TiffFile) -> bool:
     return not page.is_scanimage or not SCANIMAGE_SLOW.search(f"{page.software}\n{page.description}")
 
 
-def _ome_sizes(xml: str, file_name: str) -> dict[str, int]:
-    """Count the positions, time points, planes and channels that one file of an OME set holds."""
-    own = _ome_planes(xml, file_name)
+def _ome_sizes(xml: str, file_name: str, pages: int) -> dict[str, int]:
+    """Count the positions, time points, planes and channels that one file of an OME set of so many pages holds."""
+    own = _ome_planes(xml, file_name, pages)
     sizes = {axis: len({plane[i] for plane in own}) for i, axis in enumerate("RTZC")} if own else {}
     return {axis: size for axis, size in sizes.items() if axis != "R" or size > 1}
 
 
-def _ome_planes(xml: str, file_name: str) -> set[tuple[int, int, int, int]]:
+def _ome_planes(xml: str, file_name: str, pages: int) -> set[tuple[int, int, int, int]]:
     """Return the (image, time, plane, channel) of every page in this file of an OME set; empty if it can't be told.
 
     A file that was renamed is not in the list; if all files of the set hold one channel and one plane each,
     any of them can stand for it, otherwise the planes of the whole set are returned.
+
+    Parameters
+    ----------
+    xml, file_name : str
+        The header, and the name of the file that it came from.
+    pages : int
+        Of that file; the others are taken to be as long.
     """
     by_file: dict[str, set[tuple[int, int, int, int]]] = defaultdict(set)
     try:
         root = ElementTree.fromstring(xml)
         for image, pixels in enumerate(root.iter(_qualified(root, "Pixels"))):
-            for data in pixels.iter(_qualified(root, "TiffData")):
+            listed = pixels.findall(_qualified(root, "TiffData"))
+            least = pages if len(listed) == 1 else 0  # what alone describes a file is of all its pages
+            for data in listed:
                 uuid = data.find(_qualified(root, "UUID"))
                 name = file_name if uuid is None else uuid.get("FileName", file_name)
-                by_file[name] |= {(image, *place) for place in _tiff_data_places(pixels, data)}
+                usual = 1 if "IFD" in data.attrib else pages  # so the OME model says
+                count = max(int(data.get("PlaneCount", data.get("NumPlanes", usual))), least)
+                by_file[name] |= {(image, *place) for place in _tiff_data_places(pixels, data, count)}
     except (ElementTree.ParseError, ValueError, KeyError):  # some software crops a file and keeps its header
         return set()
     if file_name in by_file:
@@ -108,17 +119,17 @@ def _ome_planes(xml: str, file_name: str) -> set[tuple[int, int, int, int]]:
     return next(iter(by_file.values()), set()) if alike else set().union(*by_file.values())
 
 
-def _tiff_data_places(pixels: ElementTree.Element, data: ElementTree.Element) -> list[tuple[int, int, int]]:
-    """Return the (time, plane, channel) of the consecutive pages that one TiffData element describes."""
+def _tiff_data_places(pixels: ElementTree.Element, data: ElementTree.Element, count: int) -> list[tuple[int, int, int]]:
+    """Return the (time, plane, channel) of the `count` consecutive pages that one TiffData element describes."""
     order = pixels.get("DimensionOrder", "XYCZT")[2:]
     sizes = [int(pixels.get(f"Size{axis}", 1)) for axis in order]
     first = np.ravel_multi_index([int(data.get(f"First{axis}", 0)) for axis in order], sizes, order="F")
-    planes = np.arange(first, min(first + int(data.get("PlaneCount", 1)), np.prod(sizes)))
+    planes = np.arange(first, min(first + count, np.prod(sizes)))
     places = dict(zip(order, np.unravel_index(planes, sizes, order="F"), strict=True))
     return list(zip(*(places[axis].tolist() for axis in "TZC"), strict=True))
 
 
-def single_file_ome(xml: str, file_name: str, frames: int) -> str:
+def single_file_ome(xml: str, file_name: str, frames: int, axis: str) -> str:
     """Return an OME header for a file that holds all its `frames` pages itself, in order, in one channel.
 
     Names of other files, other positions and other channels are taken out; everything else (physical sizes,
@@ -132,6 +143,8 @@ def single_file_ome(xml: str, file_name: str, frames: int) -> str:
         Its name, to find its own channel in a set of files.
     frames : int
         Number of pages.
+    axis : str
+        What is taken as time: "Z", or any other for T.
 
     Returns
     -------
@@ -143,7 +156,7 @@ def single_file_ome(xml: str, file_name: str, frames: int) -> str:
     if namespace:
         ElementTree.register_namespace("", namespace)
     root.attrib.pop("UUID", None)
-    here = _ome_planes(xml, file_name)
+    here = _ome_planes(xml, file_name, frames)
     image_number, _, plane, channel = min(here, default=(0, 0, 0, 0))
     images = root.findall(_qualified(root, "Image"))
     for image in images[:image_number] + images[image_number + 1 :]:
@@ -151,9 +164,9 @@ def single_file_ome(xml: str, file_name: str, frames: int) -> str:
     pixels = root.find(f".//{_qualified(root, 'Pixels')}")
     if pixels is None:  # all is in a companion file that knows nothing of this one
         return ""
-    time_axis = "Z" if pixels.get("SizeT") == "1" and pixels.get("SizeZ") == str(frames) else "T"
-    for axis in "TZC":
-        pixels.set(f"Size{axis}", str(frames) if axis == time_axis else "1")
+    time_axis = "Z" if axis == "Z" else "T"
+    for name in "TZC":
+        pixels.set(f"Size{name}", str(frames) if name == time_axis else "1")
     channels = pixels.findall(_qualified(root, "Channel"))
     for other in channels[:channel] + channels[channel + 1 :]:
         pixels.remove(other)

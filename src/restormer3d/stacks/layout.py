@@ -52,6 +52,7 @@ class Layout:
     page_offsets : position of the directory of every page; one entry where one page describes all frames.
     data_offsets : position of the first byte of every frame; None where frames must be decoded.
     pages : the pages to decode; empty where data_offsets is given.
+    later_tags : from the code of every tag of the pages after the first to the first of those frames that has it.
     """
 
     shape: tuple[int, int, int]
@@ -63,6 +64,7 @@ class Layout:
     page_offsets: NDArray[np.int64]
     data_offsets: NDArray[np.int64] | None
     pages: list[Page]
+    later_tags: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -96,27 +98,28 @@ def read_layout(tif: tifffile.TiffFile, path: Path, chain: PageChain) -> Layout:
         Opened by `open_tiff`.
     path : Path
         Of the same file.
-    chain : dict
-        Its pages by `page_chain`.
+    chain : PageChain
+        Of its pages.
 
     Raises
     ------
     StackError
         Less or more than one stack of frames, an unsupported dtype, or parts beyond the end of the file.
     """
-    frames = _find_frames(tif, path, mixed=len(set(chain.values())) > 1)
+    frames = _find_frames(tif, path, mixed=len(set(chain.pages.values())) > 1)
     page = frames.keyframe
-    if len({chain.get(p.offset) for p in frames.pages}) > 1 and not frames.joined:
+    if len({chain.pages.get(p.offset) for p in frames.pages}) > 1 and not frames.joined:
         raise StackError(f"{path}: expected frames of one size and type, found several. Save the stack alone.")
     length, time_axis = _time_axis(path, frames)
     dtype = _dtype(path, page)
-    frames = _match_pages(path, frames, length)
+    frames = _match_pages(tif, path, chain, frames, length)
     offsets = _data_offsets(frames, length, dtype)
     if offsets is None and len(page.shape) != 2:
         raise StackError(f"{path}: expected one frame per page, found pages of {_sizes(page.axes, page.shape)}.")
     shape = (len(frames.pages) if offsets is None else len(offsets), page.shape[-2], page.shape[-1])
     _check_extent(path, frames, offsets, shape, dtype)
     note = "" if time_axis in "TQI" else f"its axis {time_axis} of {shape[0]} entries is taken as time"
+    places = {p.offset: t for t, p in enumerate(frames.pages)}
     return Layout(
         shape=shape,
         dtype=dtype,
@@ -127,6 +130,7 @@ def read_layout(tif: tifffile.TiffFile, path: Path, chain: PageChain) -> Layout:
         page_offsets=np.array([p.offset for p in frames.pages], np.int64),
         data_offsets=offsets,
         pages=frames.pages if offsets is None else [],
+        later_tags={code: places.get(offset, 1) for code, offset in chain.later_tags.items()},
     )
 
 
@@ -198,10 +202,11 @@ def _one_series(path: Path, series: tifffile.TiffPageSeries) -> _Frames:
 
 def _joined_series(path: Path, series: list[tifffile.TiffPageSeries]) -> _Frames:
     """Return the frames of a file that was written image by image or block by block, in file order."""
-    first = series[0].keyframe
+    first, found = series[0].keyframe, ""
     for other in series:
         many = "".join(axis for axis, size in zip(*_axes_and_sizes(other), strict=True) if size > 1 or axis in "YX")
-        plain = other.kind in ("shaped", "generic", "uniform") and many[:-2] in ("", "I", "Q")
+        plain = other.kind in ("shaped", "generic", "uniform") and many[:-2] in ("", "I", "Q", "T")
+        found += many[:-2]
         if not plain or (other.keyframe.shape, other.dtype) != (first.shape, first.dtype):
             listed = "; ".join(f"{_sizes(s.axes, s.shape)} {s.dtype}" for s in series[:4])
             raise StackError(
@@ -210,7 +215,8 @@ def _joined_series(path: Path, series: list[tifffile.TiffPageSeries]) -> _Frames
                 f"tifffile.imwrite('stack.tif', tifffile.imread({path.name!r}, series=0), photometric='minisblack')."
             )
     pages = sorted((page for s in series for page in s if page is not None), key=lambda page: page.index)
-    return _Frames(pages, "I" + first.axes, (len(pages), *first.shape), "joined", joined=True)
+    axis = "T" if set(found) == {"T"} else "I"
+    return _Frames(pages, axis + first.axes, (len(pages), *first.shape), "joined", joined=True)
 
 
 def _with_header(tif: tifffile.TiffFile, path: Path, frames: _Frames) -> _Frames:
@@ -267,7 +273,7 @@ def _time_axis(path: Path, frames: _Frames) -> tuple[int, str]:
     if not many:
         raise StackError(
             f"{path}: expected a stack of frames over time, found a single image: {found}. If every frame is a file, "
-            "join them: tifffile.imwrite('stack.tif', tifffile.imread('*.tif'), photometric='minisblack')."
+            f"join them: tifffile.imwrite('stack.tif', {_all_files(path, frames)}, photometric='minisblack')."
         )
     if set(axes[-2:]) != {"Y", "X"} and axes.rstrip("S")[-2:] != "YX":
         raise StackError(f"{path}: expected time as the first axis, found {found}. Move it there with np.moveaxis.")
@@ -286,9 +292,16 @@ def _dtype(path: Path, page: tifffile.TiffPage) -> np.dtype:
     return np.dtype(dtype)
 
 
-def _match_pages(path: Path, frames: _Frames, length: int) -> _Frames:
+def _match_pages(tif: tifffile.TiffFile, path: Path, chain: PageChain, frames: _Frames, length: int) -> _Frames:
     """Believe the intact chain of pages where a header promises another number of frames."""
     count = len(frames.pages)
+    alike = {offset for offset, geometry in chain.pages.items() if geometry == chain.pages.get(frames.pages[0].offset)}
+    if frames.kind in ("imagej", "ome") and len(alike) > max(count, length):  # tifffile has left the others out
+        pages = [page for page in tif.pages if page.offset in alike]
+        for page in pages:
+            if page.keyframe is None:
+                page.keyframe = frames.keyframe
+        return replace(frames, pages=pages, data_offset=None, note=_broken_promise(length, len(pages)))
     if frames.data_offset is not None or count == length:
         return frames
     if count == 1 and len(frames.keyframe.shape) > 2 and frames.keyframe.imagedepth > 1:
@@ -352,6 +365,15 @@ def _sizes(axes: str, sizes: tuple[int, ...]) -> str:
 
 def _times(sizes: tuple[int, ...] | list[int]) -> str:
     return " x ".join(map(str, sizes))
+
+
+def _all_files(path: Path, frames: _Frames) -> str:
+    """Return the Python that reads all frames of a folder of files with one each."""
+    text = frames.keyframe.description
+    if "<OME" in text and "FileName=" in text:  # tifffile finds the others by the names, from any of them
+        return f"tifffile.imread({path.name!r})"
+    # which sorts the names in every version of tifffile, as imread does not
+    return f"tifffile.TiffSequence('*.tif').asarray({'is_ome=False' * ('<OME' in text)})"
 
 
 def _first_of(many: list[tuple[str, int]], position: int, path: Path, frames: _Frames) -> str:

@@ -70,8 +70,8 @@ class TiffStack:
     """
 
     def __init__(self, path: str | Path) -> None:
+        self._tif: tifffile.TiffFile | None = None  # before anything may fail: it is closed then
         self.path = Path(path)
-        self._tif: tifffile.TiffFile | None = None
         self._tif, self.layout = _open(self.path)
         self.shape = self.layout.shape
         self.dtype = self.layout.dtype
@@ -134,22 +134,22 @@ class TiffStack:
             tif.filehandle.seek(int(self.layout.page_offsets[frame]))
             return tifffile.TiffPage(tif, frame)
 
-    def frame_tags(self, frame: int) -> dict[int, tuple[int, int, bytes]]:
+    def frame_tags(self, frame: int) -> list[tuple[int, int, int, bytes]]:
         """Return the tags of a frame's page as they stand in the file.
 
         Returns
         -------
-        dict
-            From the tag's code to its data type, count, and value in the file's byte order; empty for a frame
-            without a page of its own.
+        list
+            Code, data type, count, and value in the file's byte order of each, of which some have the same code; empty
+            for a frame without a page of its own.
         """
         if frame >= len(self.layout.page_offsets) or not self.layout.page_offsets[frame]:
-            return {}
-        tags, file = {}, self._file().filehandle
+            return []
+        tags, file = [], self._file().filehandle
         with self._lock:
             for tag in self.page(frame).tags:
                 file.seek(tag.valueoffset)
-                tags.setdefault(tag.code, (int(tag.dtype), tag.count, file.read(tag.valuebytecount)))
+                tags.append((tag.code, int(tag.dtype), tag.count, file.read(tag.valuebytecount)))
         return tags
 
     def _read(self, frames: NDArray[np.int64], rows: slice, columns: slice, out: NDArray[Any]) -> None:

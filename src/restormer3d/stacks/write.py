@@ -31,6 +31,7 @@ from restormer3d.stacks.carry import (
 from restormer3d.stacks.chain import StackError, page_chain
 from restormer3d.stacks.layout import DTYPES
 from restormer3d.stacks.read import TiffStack
+from restormer3d.stacks.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class WriteSummary:
         Voxels more than half a step outside the range of the dtype, set to its end.
     clipped_low, clipped_high : int
         How many of them were below and above.
+    rounding_share : float
+        Mean square of the rounding error over the variance that it disturbs; see :meth:`.Rounding.share`.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class WriteSummary:
     clipped_voxels: int
     clipped_low: int
     clipped_high: int
+    rounding_share: float
 
 
 def write_stack(
@@ -104,19 +108,18 @@ def write_stack(
     path, dtype = Path(path), np.dtype(dtype)
     check_output(path, shape, dtype, source=like.path if like else None, overwrite=overwrite)
     options = write_options(like, shape, dtype, classic_limit)
-    clipped = np.zeros(2, np.int64)
+    lost = Rounding()
     part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part-{os.getpid()}")
     try:
         with _named_os_errors(path.parent, file_bytes(shape, dtype)):
-            _write_pages(part, finished_frames(frames, shape, dtype, clipped), options, shape, dtype, like)
+            _write_pages(part, finished_frames(frames, shape, dtype, lost), options, shape, dtype, like)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             page_chain(part)
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    low, high = clipped.tolist()
-    return WriteSummary(path, shape[0], low + high, low, high)
+    return WriteSummary(path, shape[0], lost.low + lost.high, lost.low, lost.high, lost.share())
 
 
 def check_output(
@@ -218,9 +221,9 @@ def _write_pages(
 
 
 def finished_frames(
-    frames: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype, clipped: NDArray[np.int64] | None = None
+    frames: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype, lost: Rounding | None = None
 ) -> Iterator[NDArray[Any]]:
-    """Yield exactly T frames (H, W) in the dtype of the result, and add to the numbers of clipped voxels.
+    """Yield exactly T frames (H, W) in the dtype of the result, and add up what it can't hold.
 
     Raises
     ------
@@ -239,9 +242,11 @@ def finished_frames(
                     f"frame {count} of the output has values that are not finite; nothing was written. Try a lower "
                     "learning rate, or float32 on the CPU, and report it if it happens again."
                 )
-            finished, *outside = to_dtype(frame, dtype)
-            if clipped is not None:
-                clipped += outside
+            finished, low, high = to_dtype(frame, dtype)
+            if lost is not None:
+                lost.low, lost.high = lost.low + low, lost.high + high
+                if dtype.kind in "iu":
+                    lost.add(frame)
             count += 1
             yield finished
     if count != shape[0]:
