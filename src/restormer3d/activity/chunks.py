@@ -14,10 +14,12 @@ LEAST_FRAMES = 16
 CHUNK_OVERLAP = 0.25
 """Share of the frames looked at together that the next ones are again, in a long stack."""
 
+_MOST_FRAMES = 2**14  # of a chunk: the network for courses needs memory for each, however small the field
+
 
 def chunk_frames(shape: tuple[int, int, int], most_voxels: int = 2**26) -> int:
     """Frames of a stack of this shape that are looked at together: no more than `most_voxels`, but for the least."""
-    return min(shape[0], max(LEAST_FRAMES, most_voxels // (shape[1] * shape[2])))
+    return min(shape[0], _MOST_FRAMES, max(LEAST_FRAMES, most_voxels // (shape[1] * shape[2])))
 
 
 def count_chunks(frames: int, depth: int) -> int:
