@@ -115,7 +115,7 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     if not changes.any():
         changes[:] = True
     clipped = ((sample == sample.min()) | (sample == sample.max())).mean(axis=(0, 1))
-    pairs = sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
+    pairs = _pairs(sample)
     usual = usual_variance(mean, growth[0], pairs)
     fine = _squared_differences(_fine(sample))
     all_and_fine = [(growth / usual)[:, changes], (fine / usual_variance(mean, fine[0], pairs))[:, changes]]
@@ -123,10 +123,8 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     over_time = tuple(min(both, key=abs) for both in zip(*map(_time_correlation, all_and_fine), strict=True))
     if sample.shape[1] - _MAX_LAG < _LEAST_ANCHORS:
         over_time = (float("nan"),) * _TIME_LAGS
-    variance = _at_lag_zero(growth, memory=max(np.abs(over_time)) > LEAK_THRESHOLD)
-    # Dark pixels sorted by their own noise would show a slope that is none, and outvote a few bright ones.
-    order, other = (sample[:, part::2].mean(axis=(0, 1), dtype=np.float64)[changes] for part in (0, 1))
-    gain, intercept = robust_line(*bins_by_mean(other, variance[changes], clipped[changes], pairs, order))
+    memory = max(np.abs(over_time)) > LEAK_THRESHOLD
+    gain, intercept = robust_line(*_photon_transfer(sample, clipped, changes, memory))
     offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
     lowest, by_chance = np.quantile(mean[changes], 0.01), 4 * np.sqrt(max(intercept, 0.0) / np.prod(sample.shape[:2]))
     if lowest < -by_chance:  # noise around zero light does not explain it
@@ -262,6 +260,29 @@ def _still_runs(sample: np.ndarray) -> np.ndarray:
     if 4 * still.sum() < len(sample):
         still = worst <= np.median(worst)
     return sample[still]
+
+
+def _photon_transfer(
+    sample: np.ndarray, clipped: np.ndarray, changes: np.ndarray, memory: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, typical variance and clipped fraction of pixels of like mean, each (bins,).
+
+    Of one half of the runs (runs, frames, h, w) pixels are sorted by the mean of the other: by their own, dark pixels
+    would be sorted by nothing but their noise, show a slope that is none, and outvote a few bright ones.
+    """
+    parts = [sample[part::2] for part in (0, 1)] if len(sample) > 1 else [sample]
+    means = [part.mean(axis=(0, 1), dtype=np.float64)[changes] for part in parts]
+    bins = []
+    for part, mean, sorted_by in zip(parts, means, reversed(means), strict=True):
+        variance = _at_lag_zero(_squared_differences(part), memory)[changes]
+        bins.append(bins_by_mean(mean, variance, clipped[changes], _pairs(part), sorted_by))
+    m, v, c = (np.concatenate(values) for values in zip(*bins, strict=True))
+    return m, v, c
+
+
+def _pairs(sample: np.ndarray) -> int:
+    """Differences of each lag in runs (runs, frames, h, w)."""
+    return sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
 
 
 def _fine(sample: np.ndarray) -> np.ndarray:
