@@ -38,7 +38,7 @@ _STATIC_IMAGE = 25.0  # to denoise a pixel of the static image
 _FOOTPRINTS = 200.0  # for footprints of a chunk of frames, for a pixel
 _COURSES = 0.15  # for courses, for a voxel
 _FIELDS = 0.25  # to take fields apart, for footprints and for courses, for a voxel
-_COMPONENTS = 1.0  # to take a stack apart into components, for a voxel
+_COMPONENTS = 1.25  # to take a stack apart into components, for a voxel
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
     if inference.static_image or inference.footprints:
         voxels += _STATIC_IMAGE * pixels
     if inference.static_image and chunks > 1:  # what the mean of each has of its own
-        voxels += _STATIC_IMAGE * chunks * pixels
+        voxels += 2 * _STATIC_IMAGE * chunks * pixels
     return voxels * calibration.seconds_per_voxel
 
 

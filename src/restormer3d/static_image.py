@@ -102,7 +102,9 @@ def denoise_change(
     if left <= 0 or not variance.any():
         return change.astype(np.float32)
     deviation = least_deviation(torch.from_numpy(np.sqrt(left * variance)).to(float64_device(device)))
-    image = _denoised(torch.from_numpy(change).to(deviation) / deviation, correlation, network)
+    image = torch.from_numpy(change).to(deviation) / deviation
+    # Nothing tells a change from its negative, and what other frames have instead must come out alike.
+    image = (_denoised(image, correlation, network) - _denoised(-image, correlation, network)) / 2
     return (image * deviation).cpu().numpy().astype(np.float32)
 
 
