@@ -104,7 +104,7 @@ def test_thinned_patches_are_normalized_as_a_dimmer_recording_is():
     for share in (1.0, 0.3, 0.05):
         dimmer = estimate_normalization(photons(clean, gain=GAIN / share, seed=1))
         measured = thinning.normalization(share)
-        # Counts end at zero photons, and added noise does not: its lower tail reaches a little further, and the scale is
-        # 16 % too large at the smallest share where the noise is known exactly.
+        # Counts end at zero photons, and added noise does not: its lower tail reaches a little further, and the scale
+        # is 16 % too large at the smallest share where the noise is known exactly.
         assert measured.scale == pytest.approx(dimmer.scale, rel=0.2)
         assert measured.low == pytest.approx(dimmer.low, abs=0.1 * dimmer.scale)
