@@ -342,3 +342,14 @@ def test_narrow_fields_show_planes_too(side):
     stack = np.random.default_rng(0).normal(100, 3, (96, side, 64))
     stack[1::2] += 40 * np.sin(np.arange(64))
     assert find_planes(stack) is not None
+
+
+@pytest.mark.parametrize("side", [16, 32, 64])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_long_recording_of_a_small_field_shows_one_plane(side, seed):
+    """Of many frames few are looked at: their noise is what tells, not that of the mean of all."""
+    image = 100 + 60 * np.exp(-((np.mgrid[:side, :side] - side / 2) ** 2).sum(0) / 20)
+    rng, frames = np.random.default_rng(seed), 20_000
+    some = 10 * rng.poisson(image / 10, (500, side, side)).astype(np.uint16)
+    order = rng.integers(500, size=frames)
+    assert find_planes(some[order]) is None

@@ -22,6 +22,7 @@ _SIDE = 192  # pixels of the middle of the field that are looked at
 _LEAST_CYCLES = 3  # of planes within a run
 _READ = 16  # frames that are read at once
 _CLEAR = 0.4  # variance between planes, in those of what noise adds to their means: less is not worth telling apart
+_NO_CHANCE = 10.0  # standard errors of that variance for noise that neighbors do not share; where they do, fewer
 _MORE = 1.1  # times the variance of fewer planes
 _BLOCK = 4  # pixels whose activity is looked at together
 _SAME_ACTIVITY = 0.5  # of a plane's covariance with itself, that planes of the same activity have with others
@@ -198,7 +199,9 @@ def _planes_told_apart(seen: np.ndarray, found: dict[int, np.ndarray], frames: i
     for count, (first, second) in found.items():
         between = float((first * second).mean())
         noise = float(np.square(seen[:, count:, ::2, ::2] - seen[:, :-count, ::2, ::2]).mean()) / 2 / frames
-        if between > _MORE * explained + _CLEAR * noise * (count - best):
+        # By chance, as far as few frames of a long recording and a small field tell.
+        chance = 2 * noise * frames / seen[:, :, 0, 0].size * np.sqrt((count - 1) / first[0].size)
+        if between > _MORE * explained + max(_CLEAR * noise * (count - best), _NO_CHANCE * chance):
             best, explained = count, between
     return best
 
