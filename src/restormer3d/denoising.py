@@ -92,8 +92,7 @@ def start_denoising(
     Denoised
         What was done, and the iterator that does the rest.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
+    check_known("method", method, Method)
     started = time.monotonic()
     aside = set_aside(_readable(stack), chosen.inference, say)
     stack, light = aside.stack, aside.light
@@ -110,6 +109,12 @@ def start_denoising(
         denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
     record = denoised.record | aside.record | {"planes": planes if planes is None else asdict(planes)}
     return replace(denoised, frames=aside.put_back(denoised.frames), record=record)
+
+
+def check_known(name: str, value: str, known: Any) -> None:
+    """Refuse a setting `name` whose value is none of those of a `Literal`, before anything is computed."""
+    if value not in get_args(known):
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {value!r}")
 
 
 def _denoise_one(

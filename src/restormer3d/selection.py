@@ -18,7 +18,7 @@ from restormer3d.cuda_graph import GraphedStep
 from restormer3d.objectives import hide, masked_loss
 from restormer3d.patches import TrainingStack, random_patches
 
-ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check
+_ITERATIONS_PER_BATCH = 50  # of training, for each batch that is looked at in a check
 _LEAST_BATCHES = 4  # fewer would not say how sure a difference is
 _MOST_BATCHES = 64  # they are held throughout
 # Share of the loss that training has to gain from one check to the next. Where a detector correlates the noise of
@@ -38,7 +38,7 @@ def check_iterations(total: int) -> set[int]:
 
 def batches_of(total: int) -> int:
     """Batches that a check of a training of so many iterations looks at."""
-    return min(max(_LEAST_BATCHES, math.ceil(total / ITERATIONS_PER_BATCH)), _MOST_BATCHES)
+    return min(max(_LEAST_BATCHES, math.ceil(total / _ITERATIONS_PER_BATCH)), _MOST_BATCHES)
 
 
 class BestWeights:

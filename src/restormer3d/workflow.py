@@ -10,7 +10,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from restormer3d.arithmetic import forced_engine, torch_device
 from restormer3d.checkpoint import replacing, save_weights
 from restormer3d.config import Engine, Method, Precision, Recipe
-from restormer3d.denoising import array_and_record, start_denoising
+from restormer3d.denoising import array_and_record, check_known, start_denoising
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings, check_time_limit, settings
 from restormer3d.sidecar import as_json, sidecar
@@ -106,8 +106,8 @@ def denoise(
     TypeError
         If the stack is something else.
     """
-    _check_known("engine", engine, Engine)
-    _check_known("precision", precision, Precision)
+    check_known("engine", engine, Engine)
+    check_known("precision", precision, Precision)
     check_time_limit(time_limit)
     chosen = settings(
         recipe,
@@ -130,12 +130,6 @@ def denoise(
     if "instead_of_the_network" in record:
         warnings.warn(f"{time_limit:g} minutes suffice for no network: the Gaussian filter stands in", stacklevel=2)
     return denoised
-
-
-def _check_known(name: str, value: str, known: Any) -> None:
-    """Refuse what a filter would not even look at."""
-    if value not in get_args(known):
-        raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {value!r}")
 
 
 def _opened(stack: Any) -> AbstractContextManager[np.ndarray | TiffStack]:

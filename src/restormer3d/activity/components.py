@@ -146,7 +146,7 @@ def refine_by_components(
     components of noise; Stein, "Estimation of the Mean of a Multivariate Normal Distribution", Ann. Stat. 1981.
     """
     where = float64_device(device)
-    pairs = ((clear, (noisier - clear) / _ADDED) for clear, noisier in zip(denoised, noisier, strict=True))
+    pairs = ((clear, (other - clear) / _ADDED) for clear, other in zip(denoised, noisier, strict=True))
 
     def refined(start: int, clear: np.ndarray, response: np.ndarray) -> np.ndarray:
         return _refined(clear, response, added, start, where, then, mean_image)
