@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from restormer3d import fitting, mixture, static_image
+from restormer3d import mixture, refinement, static_image
 from restormer3d.activity import components
 from restormer3d.arithmetic import float64_device, forced_engine
 from restormer3d.config import ModelConfig
@@ -33,7 +33,7 @@ def device_with(monkeypatch, float64: bool):
     """Like a GPU of NVIDIA's, or like one of Apple's."""
     with emulated_device(float64) as device:
         if float64:
-            for module in (components, fitting, mixture, static_image):
+            for module in (components, refinement, mixture, static_image):
                 monkeypatch.setattr(module, "float64_device", torch.device)
         yield device
 
@@ -76,8 +76,9 @@ def test_a_stack_is_denoised_as_on_the_cpu(changed, float64, monkeypatch):
 
 
 @pytest.mark.parametrize("float64", [True, False])
-def test_so_are_planes_and_a_long_recording_in_chunks(float64, monkeypatch):
-    monkeypatch.setattr(fitting, "chunk_frames", lambda *_: 32)
+@pytest.mark.parametrize("together", [(32, (24, 28)), (52, (17, 28)), (32, (24, 16))], ids=["frames", "tiles", "both"])
+def test_so_are_planes_and_a_long_recording_in_parts(float64, together, monkeypatch):
+    monkeypatch.setattr(refinement, "together", lambda *_: together)
     other = photons(blinking_cells(52, 24, 28, seed=4) + 400, seed=4)
     in_turns = np.stack([NOISY, other], 1).reshape(-1, *NOISY.shape[1:])
     expected = denoised(in_turns, torch.device("cpu"), iterations=0, planes=2)

@@ -64,12 +64,17 @@ def test_activity_is_part_of_the_time_of_each_chunk(part):
     chosen = settings()
     without = replace(chosen, inference=chosen.inference.model_copy(update={part: False}))
 
-    def seconds(frames, side=512):
+    def seconds(frames, side=512, tiles=True):
         shape, speed, cpu = (frames, side, side), Calibration(0.0, 1e-6), torch.device("cpu")
-        return estimate(chosen, shape, speed, cpu)[0] - estimate(without, shape, speed, cpu)[0]
+        both = (
+            replace(each, inference=each.inference.model_copy(update={"tiles": tiles})) for each in (chosen, without)
+        )
+        with_it, without_it = (estimate(each, shape, speed, cpu)[0] for each in both)
+        return with_it - without_it
 
     assert seconds(40) == 0
-    assert seconds(200, 1300) == 0  # of so large frames fewer than needed are looked at together
+    assert seconds(200, 1300, tiles=False) == 0  # of so large frames fewer than needed are looked at together
+    assert seconds(200, 1300) > 0
     assert 0 < seconds(200) < seconds(2000)
 
 

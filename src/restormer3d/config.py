@@ -182,8 +182,11 @@ class InferenceConfig(_Config):
         Whether their courses in time are then denoised (see `activity.courses.denoise_courses`); only with
         `components`.
     chunk_voxels : int
-        Voxels of the frames that components, footprints and courses look at together, where there are more in the
-        stack; about 40 bytes of memory for each. More frames tell more.
+        Voxels that components, footprints and courses look at together, where there are more in the stack; about 40
+        bytes of memory for each.
+    tiles : bool
+        Whether these are all frames of a tile of the field, as far as that leaves it 64 rows and columns; denoised
+        tiles wait in a temporary file for the last one. Else they are some frames of the whole field.
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but what `mend` and
         `stimulus_light` do (see `artefacts.planes.find_planes`). "auto" looks how many there are.
@@ -210,6 +213,7 @@ class InferenceConfig(_Config):
     footprints: bool = False
     courses: bool = False
     chunk_voxels: Annotated[int, Field(ge=1)] = 2**26
+    tiles: bool = True
     planes: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     mend: bool = False
     stimulus_light: bool = False

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Any, get_args
 
 import numpy as np
@@ -22,10 +20,10 @@ from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
+from restormer3d.spool import spooled
 from restormer3d.stacks import Rounding, TiffStack, check_stack, finished_frames, too_coarse
 
 _CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
-_ASIDE_BYTES = 2**28  # of a plane's denoised frames that wait in memory; more wait in a temporary file
 
 
 def array_and_record(
@@ -175,36 +173,13 @@ def _plane_by_plane(
         share = None if seconds is None else (seconds - (time.monotonic() - started)) / len(left)
         denoised = denoise_one(plane, of_plane, None, share, partial(advance, number), partial(tell, number))
         # Planes at work at the same time would each hold the memory of a stack.
-        each.append(denoised if len(left) == 1 else replace(denoised, frames=_set_aside(denoised.frames)))
+        each.append(denoised if len(left) == 1 else replace(denoised, frames=spooled(denoised.frames)))
     records = [denoised.record for denoised in each]
     changed = [record for record in records if record != {"constant": True}] or records
     common = {name: value for name, value in changed[0].items() if all(other.get(name) == value for other in changed)}
     notes = [record["instead_of_the_network"] for record in changed if "instead_of_the_network" in record]
     record = common | {"each_plane": records} | ({"instead_of_the_network": notes[0]} if notes else {})
     return Denoised(in_turns([denoised.frames for denoised in each]), record)
-
-
-def _set_aside(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Compute all frames now, and give them back one by one: from a temporary file if they are many."""
-    with ExitStack() as until_written:
-        kept = until_written.enter_context(SpooledTemporaryFile(_ASIDE_BYTES))
-        count = 0
-        for frame in frames:
-            try:
-                np.save(kept, frame)
-            except OSError as error:
-                reason = f"{gettempdir()}: denoised frames of a plane have to wait there ({error.strerror or error})"
-                raise OSError(f"{reason}. Make room, or set TMPDIR to another folder.") from error
-            count += 1
-        kept.seek(0)
-        until_read = until_written.pop_all()
-
-    def read() -> Iterator[np.ndarray]:
-        with until_read:
-            for _ in range(count):
-                yield np.load(kept)
-
-    return read()
 
 
 def _is_constant(stack: Any) -> bool:

@@ -7,37 +7,31 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from restormer3d.activity.chunks import LEAST_FRAMES, chunk_frames, in_chunks
-from restormer3d.activity.components import AddedNoise, MeanImage, Step, refine_by_components
-from restormer3d.activity.courses import denoise_courses
-from restormer3d.activity.fields import FIELD_FRAMES
-from restormer3d.activity.footprints import denoise_footprints
-from restormer3d.arithmetic import float64_device, usable
+from restormer3d.activity.tiles import together, waiting_bytes
+from restormer3d.arithmetic import usable
 from restormer3d.artefacts.planes import WithoutPlanes, differences_of, put_back
 from restormer3d.artefacts.stimulus_light import Steadied
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
-from restormer3d.checkpoint import small_network
-from restormer3d.config import Method, Precision
-from restormer3d.inference import denoise_frames, window_size, within_memory
+from restormer3d.config import Method
+from restormer3d.inference import window_size, within_memory
 from restormer3d.mixture import adapted_mixture
 from restormer3d.model import Restormer3D
-from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, estimate_noise, local_variance
+from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.normalization import temporal_mean, temporal_median
 from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
 from restormer3d.progress import Progress, Say
+from restormer3d.refinement import refined_frames
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
-from restormer3d.sidecar import network_record, networks_record, weights_record
-from restormer3d.static_image import denoise_change, denoise_mean, stabilized
+from restormer3d.sidecar import network_record, weights_record
+from restormer3d.spool import has_room
 from restormer3d.training import fit
-from restormer3d.unets import CourseNetwork, FootprintNetwork, ImageNetwork
 from restormer3d.views import SomeFrames
 
 _ADAPTING = 0.15  # most of a time limit that fitting the mixture of filters takes
@@ -95,6 +89,7 @@ def by_network(
     engine, precision = usable(chosen.engine, chosen.precision, device)
     if precision != chosen.precision:
         say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
+    chosen = _with_room(chosen, stack.shape, say)
     windows, smaller = within_memory(stack.shape, chosen.inference, device)
     if smaller:
         say(smaller)
@@ -126,7 +121,7 @@ def by_network(
     record = network_record(chosen, source, history, weights=weights, device=device, engine=engine, precision=precision)
     seconds_spent = {"prepare": prepared - started, "train": time.monotonic() - prepared}
     record |= {"noise": asdict(noise), "mixture": adapted, "seconds": seconds_spent}
-    frames, afterwards = _denoised_frames(
+    frames, afterwards = refined_frames(
         model, source, noise, measured, images, chosen, device, precision, progress, say
     )
     return Denoised(frames, record | afterwards, model)
@@ -153,94 +148,6 @@ def by_filter(
     return Denoised(frames, {"method": method, "settings": {"sigma_t": sigma_t, "sigma_xy": sigma_xy}})
 
 
-def _denoised_frames(
-    model: Restormer3D,
-    source: TrainingStack,
-    noise: NoiseEstimate,
-    measured: np.ndarray | None,
-    images: np.ndarray | None,
-    chosen: Settings,
-    device: torch.device,
-    precision: Precision,
-    progress: Progress,
-    say: Say,
-) -> tuple[Iterator[np.ndarray], dict[str, Any]]:
-    """Frames that are computed as they are asked for, and a record of what the network's own go through."""
-    denoise = partial(
-        denoise_frames,
-        model,
-        normalization=source.normalization,
-        background=source.background,
-        config=chosen.inference,
-        mixture=source.mixture,
-        device=device,
-        precision=precision,
-    )
-    frames = denoise(source.stack, progress=progress)
-    parts = chosen.inference
-    depth = chunk_frames(source.stack.shape, parts.chunk_voxels)
-    added = _added_noise(source, noise, measured, say) if parts.components else None
-    if added is not None and depth < source.stack.shape[0]:
-        say(
-            f"components are taken from {depth} frames at a time; more tell more, where memory allows: [inference] "
-            "chunk_voxels in a --config file"
-        )
-    static, mean_image = None, None
-    if parts.static_image or parts.footprints:
-        still = {"correlation": source.noise_correlation, "device": device}
-        still["network"] = small_network(ImageNetwork, chosen.networks)
-        count, mean = source.stack.shape[0], source.normalization.invert(source.mean)
-        static = denoise_mean(mean, noise, count, **still)
-        if images is not None and parts.static_image:
-            images = np.stack([denoise_mean(image, noise, count // len(images), **still) for image in images])
-        if parts.static_image:
-            variance = added.variance if added else noise.variance(mean)
-            mean_image = _mean_image(static, mean, variance, count, still)
-    if added is None and mean_image is not None:
-        frames = _with_means(frames, source.stack, depth, mean_image)
-    steps = _activity_steps(chosen, added, depth, static, noise, float64_device(device), say) if added else {}
-    if added is not None:
-        frames = refine_by_components(frames, denoise(added), added, device, list(steps.values()), mean_image, depth)
-    if images is not None:
-        frames = put_back(frames, differences_of(images))
-    done = {*steps, "static_image"} if mean_image is not None else set(steps)
-    asked = networks_record(chosen)
-    networks = {step: asked[step] if step in done else None for step in ("footprints", "courses", "static_image")}
-    return frames, {"components": added is not None} | networks
-
-
-def _activity_steps(
-    chosen: Settings,
-    added: AddedNoise,
-    depth: int,
-    static: np.ndarray | None,
-    noise: NoiseEstimate,
-    device: torch.device,
-    say: Say,
-) -> dict[str, Step]:
-    """What is done with components by networks of their own, by name."""
-    parts = chosen.inference
-    steps: dict[str, Step] = {}
-    if depth < FIELD_FRAMES:
-        if parts.footprints or parts.courses:
-            say(
-                f"footprints and courses of activity need {FIELD_FRAMES} frames together in memory, here are {depth}: "
-                "these steps are left out"
-            )
-        return steps
-    if parts.footprints and static is not None:
-        steps["footprints"] = partial(
-            denoise_footprints,
-            static=torch.from_numpy(stabilized(static, noise)).to(device, torch.float32),
-            correlation=added.correlation,
-            network=copy.deepcopy(small_network(FootprintNetwork, chosen.networks)).to(device),
-        )
-    if parts.courses:
-        network = copy.deepcopy(small_network(CourseNetwork, chosen.networks)).to(device)
-        steps["courses"] = partial(denoise_courses, network=network)
-    return steps
-
-
 def _say_plan(
     chosen: Settings,
     shape: tuple[int, int, int],
@@ -261,6 +168,19 @@ def _say_plan(
         say(f"plain PyTorch computes on this GPU, which is slower than the Triton kernels: {obstacle}")
 
 
+def _with_room(chosen: Settings, shape: tuple[int, int, int], say: Say) -> Settings:
+    """Take the field as a whole where denoised tiles have nowhere to wait."""
+    size = together(shape, chosen.inference)[1]
+    needed = waiting_bytes(shape, size)
+    if size == shape[1:] or has_room(needed):
+        return chosen
+    say(
+        f"the folder for temporary files has no room for {needed / 1e9:.1f} GB of denoised tiles and as much again: "
+        "components see fewer frames at a time instead. TMPDIR=FOLDER names another one."
+    )
+    return replace(chosen, inference=chosen.inference.model_copy(update={"tiles": False}))
+
+
 def _adapt(
     model: Restormer3D,
     source: TrainingStack,
@@ -277,49 +197,6 @@ def _adapt(
     mixture, adapted = adapted_mixture(model.to(device), source, window, seconds=limit)
     say(f"the mixture of filters is fitted to the stack: {adapted['distance']:.1f} of the usual spread away")
     return replace(source, mixture=mixture.cpu().numpy()), adapted
-
-
-def _added_noise(
-    source: TrainingStack, noise: NoiseEstimate, measured: np.ndarray | None, say: Say
-) -> AddedNoise | None:
-    """Noise like that of the stack, to tell the denoised stack's components from noise; None where that fails."""
-    if source.stack.shape[0] < LEAST_FRAMES:
-        say(f"{source.stack.shape[0]} frames are too few to tell components from noise: that step is left out")
-        return None
-    if any(abs(r) > LEAK_THRESHOLD for r in source.noise_correlation[0][1:]):
-        say("the noise of consecutive frames is correlated: components cannot be told from it, that step is left out")
-        return None
-    mean = source.normalization.invert(source.mean)
-    variance, by_place = local_variance(source.stack, noise, mean, measured)
-    if by_place:
-        say("the noise of a pixel is not told by its mean: it is measured everywhere")
-    if not variance.any():
-        say("differences of frames show no noise: no component can be told from it, that step is left out")
-        return None
-    return AddedNoise(source.stack, variance, source.noise_correlation)
-
-
-def _mean_image(
-    static: np.ndarray, mean: np.ndarray, variance: np.ndarray, count: int, still: dict[str, Any]
-) -> MeanImage:
-    """What denoises the mean (H, W) of some of `count` frames: `static` instead of `mean`, and their own change."""
-
-    def denoised(of_some: np.ndarray, frames: int) -> np.ndarray:
-        if frames == count:
-            return static
-        return static + denoise_change(of_some - mean, variance, (frames, count), **still)
-
-    return denoised
-
-
-def _with_means(frames: Iterator[np.ndarray], stack: Any, depth: int, mean_image: MeanImage) -> Iterator[np.ndarray]:
-    """Replace the mean of denoised frames (H, W), chunk by chunk of `depth` frames."""
-
-    def change(start: int, denoised: np.ndarray) -> np.ndarray:
-        recorded = stack[start : start + len(denoised)].mean(0, dtype=np.float64)
-        return denoised + (mean_image(recorded, len(denoised)) - denoised.mean(0, dtype=np.float64)).astype(np.float32)
-
-    return in_chunks(((frame,) for frame in frames), stack.shape, depth, change)
 
 
 def _source(stack: Any, measured: np.ndarray | None, chosen: Settings, say: Say) -> tuple[TrainingStack, NoiseEstimate]:

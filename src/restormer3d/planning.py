@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from restormer3d.activity.chunks import chunk_frames, count_chunks
+from restormer3d.activity.chunks import count_chunks
 from restormer3d.activity.fields import FIELD_FRAMES
+from restormer3d.activity.tiles import tile_places, together
 from restormer3d.arithmetic import autocast, float32_products, usable
 from restormer3d.config import InferenceConfig, Precision, TrainingConfig
 from restormer3d.inference import count_windows, window_size, windows_per_pass
@@ -167,20 +168,22 @@ def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Cal
 
 
 def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
-    window = window_size(shape, inference)  # larger or smaller with other overlaps
-    voxels = float(inference.symmetries * count_windows(shape, inference) * math.prod(window))
-    depth, pixels = chunk_frames(shape, inference.chunk_voxels), math.prod(shape[1:])
-    chunks = count_chunks(shape[0], depth)
+    depth, size = together(shape, inference)
+    tile = (shape[0], *size)
+    window = window_size(tile, inference)  # larger or smaller with other overlaps
+    voxels = float(inference.symmetries * count_windows(tile, inference) * math.prod(window))
+    chunks, pixels = count_chunks(shape[0], depth), math.prod(size)
     if inference.components:
         voxels = 2 * voxels + _COMPONENTS * chunks * depth * pixels
     if inference.components and depth >= FIELD_FRAMES:
         each = inference.footprints * _FOOTPRINTS + (inference.footprints + inference.courses) * _FIELDS * depth
         each += inference.courses * _COURSES * depth
         voxels += each * chunks * pixels
-    if inference.static_image or inference.footprints:
-        voxels += _STATIC_IMAGE * pixels
     if inference.static_image and chunks > 1:  # what the mean of each has of its own
         voxels += 2 * _STATIC_IMAGE * chunks * pixels
+    voxels *= len(tile_places(shape, size))
+    if inference.static_image or inference.footprints:
+        voxels += _STATIC_IMAGE * math.prod(shape[1:])
     return voxels * calibration.seconds_per_voxel
 
 
@@ -199,15 +202,16 @@ def estimate(
     iterations = chosen.training.warmup_iterations + chosen.training.iterations
     seconds = iterations * calibration.seconds_per_iteration
     seconds += _inference_seconds(shape, chosen.inference, calibration)
-    frames = 4 * shape[1] * shape[2]
     inference = chosen.inference
-    window = window_size(shape, inference)
-    held, depth = 4 * window[0], chunk_frames(shape, inference.chunk_voxels)
+    depth, size = together(shape, inference)
+    window = window_size((shape[0], *size), inference)
+    held = 4 * window[0]
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + (7 + (inference.footprints or inference.courses)) * depth
+        held += depth * (size != shape[1:])  # a tile as it was recorded
     elif inference.static_image:
         held += 3 * depth
-    buffers = held * frames
+    buffers = 4 * held * math.prod(size)
     if device.type == "cpu":  # the calibration has just run, but for the part of the window that it did not time
         beyond = inference.batch_size * (math.prod(window) - math.prod(min(side, _TIMED_SIDE) for side in window))
         return seconds, psutil.Process().memory_info().rss + buffers + beyond * _VOXEL_BYTES

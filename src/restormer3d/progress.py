@@ -13,3 +13,8 @@ Say = Callable[[str], None]
 
 def silent(*_: Any) -> None:
     """Report nothing."""
+
+
+def part_of(progress: Progress, number: int, count: int) -> Progress:
+    """Tell of the work on part `number` of `count` as of a share of the whole."""
+    return lambda stage, done, total: progress(stage, number * total + done, count * total)

@@ -75,7 +75,7 @@ class Lowered(ChangedStack):
 
 def each_frame(stack: Any) -> Iterator[tuple[int, np.ndarray]]:
     """Read a stack (T, H, W) frame by frame, with their numbers, some megabytes at a time."""
-    step = max(1, _READ_BYTES // (int(np.prod(stack.shape[1:])) * np.dtype(stack.dtype).itemsize))
+    step = _frames_at_once(stack)
     for start in range(0, stack.shape[0], step):
         yield from enumerate(stack[start : start + step], start)
 
@@ -122,3 +122,28 @@ class SomeFrames:
         if len(steps) == 1 and steps[0] > 0:  # frames between them are not read
             return self.stack[first : last + 1 : int(steps[0]), *crop]
         return self.stack[first : last + 1, *crop][chosen - first]
+
+
+class SomePixels:
+    """Rows and columns of a stack as a stack, read when it is sliced along time."""
+
+    def __init__(self, stack: Any, rows: slice, columns: slice):
+        self.stack, self.rows, self.columns = stack, rows, columns
+        self.shape: tuple[int, int, int] = (stack.shape[0], rows.stop - rows.start, columns.stop - columns.start)
+        self.dtype: np.dtype = stack.dtype
+
+    def __getitem__(self, frames: slice) -> np.ndarray:
+        """Read `some[a:b]`."""
+        return self.stack[frames, self.rows, self.columns]
+
+    def read(self) -> np.ndarray:
+        """Read all frames, a few at a time: of a compressed file whole frames have to be decoded."""
+        values = np.empty(self.shape, self.dtype)
+        step = _frames_at_once(self.stack)
+        for start in range(0, self.shape[0], step):
+            values[start : start + step] = self[start : start + step]
+        return values
+
+
+def _frames_at_once(stack: Any) -> int:
+    return max(1, _READ_BYTES // (int(np.prod(stack.shape[1:])) * np.dtype(stack.dtype).itemsize))

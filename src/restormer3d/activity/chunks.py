@@ -13,7 +13,6 @@ LEAST_FRAMES = 16
 """Frames of a chunk at least: fewer say nothing of what pixels do together."""
 CHUNK_OVERLAP = 0.25
 """Share of the frames looked at together that the next ones are again, in a long stack."""
-
 _MOST_FRAMES = 2**14  # of a chunk: the network for courses needs memory for each, however small the field
 
 

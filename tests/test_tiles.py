@@ -1,0 +1,175 @@
+"""Tiles of a large field: all frames of each are looked at together, and their seams are not seen."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from restormer3d.activity import tiles
+from restormer3d.activity.tiles import in_tiles, tile_places, tile_size, together, waiting_bytes
+from restormer3d.denoising import start_denoising
+from restormer3d.progress import silent
+from restormer3d.settings import settings
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
+from restormer3d.spool import has_room, spooled
+from restormer3d.views import SomePixels
+
+SHAPE = (150, 128, 112)
+INFERENCE = settings(iterations=0).inference
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return simulate_scene(SHAPE, seed=31)
+
+
+@pytest.fixture(scope="module")
+def noisy(scene):
+    return NoisyScene(scene, *noise_parameters(2), seed=5)[:]
+
+
+def denoised(stack, said=None, progress=silent, **changes):
+    chosen = settings(iterations=0)
+    chosen = replace(chosen, inference=chosen.inference.model_copy(update=changes))
+    say = silent if said is None else said.append
+    result = start_denoising(stack, chosen, "restormer3d", torch.device("cpu"), None, progress, say)
+    return np.stack(list(result.frames)), result.record
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(300, 128, 128), (1500, 490, 490), (100, 2048, 2048), (5000, 512, 512), (200_000, 512, 512), (9000, 16, 2048)],
+)
+def test_tiles_hold_as_many_voxels_as_they_may(shape):
+    depth, size = together(shape, INFERENCE)
+    assert depth * size[0] * size[1] <= INFERENCE.chunk_voxels
+    places = tile_places(shape, size)
+    covered = np.zeros(shape[1:], int)
+    for place in places:
+        covered[place] += 1
+        assert covered[place].shape == size
+    assert covered.min() == 1
+    assert depth >= min(shape[0], 2**13)
+    if len(places) == 1:
+        assert size == shape[1:]
+    else:  # no more of them than twice what would do without overlap
+        assert len(places) * INFERENCE.chunk_voxels < 2.2 * depth * shape[1] * shape[2] * max(1.0, 64 / min(size)) ** 2
+        assert all(side == full or side >= 64 for side, full in zip(size, shape[1:], strict=True))
+    assert waiting_bytes(shape, size) >= 4 * np.prod(shape, dtype=np.int64)
+
+
+def test_a_stack_that_is_no_larger_is_one_tile():
+    shape = (64, 1024, 1024)
+    assert tile_size(shape, 2**26) == (1024, 1024)
+    assert tile_size((65, 1024, 1024), 2**26) != (1024, 1024)
+    assert together((65, 1024, 1024), INFERENCE.model_copy(update={"tiles": False})) == (64, (1024, 1024))
+    assert together((65, 1024, 1024), INFERENCE.model_copy(update={"components": False})) == (64, (1024, 1024))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 100), (128, 30), (128, 112), (1, 112), (5, 7)])
+def test_what_does_not_change_the_tiles_does_not_change_the_stack(size):
+    stack = np.random.default_rng(0).normal(1000, 10, (5, *SHAPE[1:])).astype(np.float32)
+    asked = []
+
+    def crop(place, number, count):
+        asked.append((number, count))
+        return (frame[place] for frame in stack)
+
+    np.testing.assert_allclose(np.stack(list(in_tiles(stack.shape, size, crop))), stack, rtol=1e-6)
+    assert asked == [(number, len(asked)) for number in range(len(asked))]
+
+
+def test_tiles_fade_into_one_another():
+    shape = (1, 64, 160)
+    frame = next(in_tiles(shape, (64, 90), lambda place, number, _: iter([np.full((64, 90), number, np.float32)])))
+    assert set(frame[:, :70].flat) == {0.0}
+    assert set(frame[:, 90:].flat) == {1.0}
+    assert (np.diff(frame[0, 70:90]) > 0).all()
+    assert np.abs(np.diff(frame[0])).max() < 0.15
+
+
+def test_a_stack_in_tiles_is_as_close_to_the_truth_as_a_whole_one(scene, noisy, monkeypatch):
+    clean, steps, said = scene[:], [], []
+    whole, _ = denoised(noisy)
+    voxels = 80 * 80 * SHAPE[0]
+    out, record = denoised(noisy, said, lambda *step: steps.append(step), chunk_voxels=voxels)
+    assert any("4 tiles of 72 x 64 pixels" in line for line in said)
+    assert record["components"]
+    assert all(record[step] is not None for step in ("footprints", "courses", "static_image"))
+    in_time, _ = denoised(noisy, chunk_voxels=voxels, tiles=False)
+
+    def error(frames):
+        return np.square(frames - frames.mean(0) - (clean - clean.mean(0))).mean()
+
+    assert error(out) < 1.06 * error(whole)
+    assert error(out) < 0.97 * error(in_time)
+    np.testing.assert_allclose(out.mean(0), whole.mean(0), atol=0.02 * whole.mean(0).std())
+    # No seams: where tiles meet, columns differ by no more than elsewhere.
+    residual = out - whole
+    across = np.square(np.diff(residual, axis=2)).mean((0, 1))
+    assert across[48:64].max() < 4 * across.max(initial=0, where=np.abs(np.arange(111) - 56) > 12)
+    done = [step[1:] for step in steps if step[0] == "denoise"]
+    assert done == sorted(done)
+    assert done[-1][0] == done[-1][1]
+    assert len({total for _, total in done}) == 1
+
+
+def test_frames_and_tiles_may_both_be_parts(noisy, monkeypatch):
+    """Longer than memory holds even of the smallest tile: chunks of frames of each, and the stack is read lazily."""
+    monkeypatch.setattr(tiles, "_ENOUGH_FRAMES", 100)
+    said = []
+    out, _ = denoised(noisy, said, chunk_voxels=100 * 80 * 80)
+    assert any("tiles" in line for line in said)
+    assert any("frames at a time" in line for line in said)
+    whole, _ = denoised(noisy)
+    assert np.square(out - whole).mean() < 0.2 * np.square(whole - noisy).mean()
+
+
+def test_tiles_wait_in_a_file_that_is_gone_afterwards(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stack = np.random.default_rng(0).normal(size=(50, 90, 90)).astype(np.float32)
+    expected = np.stack(list(in_tiles(stack.shape, (64, 64), lambda place, *_: (frame[place] for frame in stack))))
+    monkeypatch.setattr(tiles, "_IN_MEMORY", 1000)
+    frames = in_tiles(stack.shape, (64, 64), lambda place, *_: (frame[place] for frame in stack))
+    np.testing.assert_array_equal(np.stack(list(frames)), expected)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OSError, match=r"none.*TMPDIR"):
+        list(in_tiles(stack.shape, (64, 64), lambda place, *_: (frame[place] for frame in stack)))
+
+
+def test_without_room_for_them_frames_are_taken_together(noisy, monkeypatch, tmp_path):
+    assert has_room(0)
+    monkeypatch.setattr("restormer3d.spool._IN_MEMORY", 1000)
+    assert has_room(10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**6))
+    assert has_room(500_000)
+    assert not has_room(500_001)
+    said = []
+    out, record = denoised(noisy, said, chunk_voxels=80 * 80 * SHAPE[0])
+    assert any("no room" in line and "TMPDIR" in line for line in said)
+    assert any("frames at a time" in line for line in said)
+    assert record["settings"]["inference"]["tiles"] is False
+    in_time, _ = denoised(noisy, chunk_voxels=80 * 80 * SHAPE[0], tiles=False)
+    np.testing.assert_array_equal(out, in_time)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    monkeypatch.undo()
+
+
+def test_frames_wait():
+    stack = np.arange(24.0).reshape(4, 2, 3)
+    for in_memory in (10, 10**6):
+        np.testing.assert_array_equal(list(spooled(iter(stack), in_memory)), stack)
+
+
+def test_some_pixels_of_a_stack():
+    stack = np.arange(5 * 6 * 7).reshape(5, 6, 7).astype(np.int16)
+    some = SomePixels(stack, slice(1, 4), slice(2, 7))
+    assert (some.shape, some.dtype) == ((5, 3, 5), np.int16)
+    np.testing.assert_array_equal(some[1:3], stack[1:3, 1:4, 2:7])
+    np.testing.assert_array_equal(some.read(), stack[:, 1:4, 2:7])
