@@ -121,9 +121,9 @@ def test_a_stack_in_tiles_is_as_close_to_the_truth_as_a_whole_one(scene, noisy, 
 
 def test_frames_and_tiles_may_both_be_parts(noisy, monkeypatch):
     """Longer than memory holds even of the smallest tile: chunks of frames of each, and the stack is read lazily."""
-    monkeypatch.setattr(tiles, "_ENOUGH_FRAMES", 100)
+    monkeypatch.setattr(tiles, "_ENOUGH_FRAMES", 90)
     said = []
-    out, _ = denoised(noisy, said, chunk_voxels=100 * 80 * 80)
+    out, _ = denoised(noisy, said, chunk_voxels=90 * 80 * 80)
     assert any("tiles" in line for line in said)
     assert any("frames at a time" in line for line in said)
     whole, _ = denoised(noisy)

@@ -20,7 +20,7 @@ Place = tuple[slice, slice]
 """Rows and columns of a tile."""
 
 _LEAST_SIDE = 64  # pixels: less than a field of footprints and courses
-# Frames for which tiles are made smaller: beyond, smaller ones cost more than still more frames bring. All, if few more.
+# Frames for which tiles are made smaller; beyond, smaller ones cost more than more frames bring. All, if few more.
 _ENOUGH_FRAMES, _FEW_MORE = 2**13, 1.5
 _OVERLAP = 16  # pixels of neighboring tiles, over which they are blended
 _IN_MEMORY = 2**28  # bytes of denoised tiles that wait there
