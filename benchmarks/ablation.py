@@ -48,7 +48,6 @@ ROWS: dict[str, tuple[bool, _Change]] = {
         _AS_THEY_ARE | {"inference": {"courses": False, "footprints": False}},
     ),
     "without components, footprints and courses": (True, _AS_THEY_ARE | {"inference": {"components": False}}),
-    "frames looked at together: a million voxels": (True, _AS_THEY_ARE | {"inference": {"chunk_voxels": 2**20}}),
     "without the static image denoised once more": (True, _AS_THEY_ARE | {"inference": {"static_image": False}}),
     "without all four": (True, _AS_THEY_ARE | {"inference": {"components": False, "static_image": False}}),
     "without all four, windows mirrored at the ends of the stack": (

@@ -12,6 +12,7 @@ import torch
 from benchmarks import (
     artefacts,
     jobs,
+    large_stacks,
     other_simulators,
     planes,
     precision,
@@ -252,6 +253,23 @@ def test_other_simulators_are_scored(tmp_path, monkeypatch):
     stsnr, activity_snr = (float(score) for score in row.split("|")[5].split("/"))
     assert stsnr > 0  # the default recipe is ahead of the best filter
     assert np.isfinite(activity_snr)
+
+
+def test_parts_of_large_stacks_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_stacks, "SHAPES", ((50, 72, 64),))
+    monkeypatch.setattr(large_stacks, "_FRAMES", (16,))
+    monkeypatch.setattr(large_stacks, "_TILES", (64,))
+    document = tmp_path / "large.md"
+    assert large_stacks.large_stacks(levels=(2,), write=document) == 0
+    rows = [line.split("|")[1:3] for line in document.read_text().splitlines() if " x " in line and "|" in line]
+    assert [label.strip() for label, _ in rows] == [
+        "**all of 50 x 72 x 64**",
+        "50 x 64 x 64 of 50 x 72 x 64, 2 tiles",
+        "16 x 72 x 64 of 50 x 72 x 64",
+    ]
+    stsnr = [float(text.split("/")[0]) for _, text in rows]
+    assert abs(stsnr[1] - stsnr[0]) < 0.3
+    assert stsnr[2] < stsnr[0] - 0.3
 
 
 def test_artefacts_differ(tmp_path):

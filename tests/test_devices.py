@@ -76,9 +76,9 @@ def test_a_stack_is_denoised_as_on_the_cpu(changed, float64, monkeypatch):
 
 
 @pytest.mark.parametrize("float64", [True, False])
-@pytest.mark.parametrize("together", [(32, (24, 28)), (52, (17, 28)), (32, (24, 16))], ids=["frames", "tiles", "both"])
-def test_so_are_planes_and_a_long_recording_in_parts(float64, together, monkeypatch):
-    monkeypatch.setattr(refinement, "together", lambda *_: together)
+@pytest.mark.parametrize("part", [(32, 24, 28), (52, 17, 28), (32, 24, 20)], ids=["frames", "tiles", "both"])
+def test_so_are_planes_and_a_long_recording_in_parts(float64, part, monkeypatch):
+    monkeypatch.setattr(refinement, "part_shape", lambda *_: part)
     other = photons(blinking_cells(52, 24, 28, seed=4) + 400, seed=4)
     in_turns = np.stack([NOISY, other], 1).reshape(-1, *NOISY.shape[1:])
     expected = denoised(in_turns, torch.device("cpu"), iterations=0, planes=2)

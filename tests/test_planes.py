@@ -12,7 +12,7 @@ import pytest
 import tifffile
 import torch
 
-from restormer3d import denoising, fitting
+from restormer3d import denoising, fitting, spool
 from restormer3d.artefacts.planes import (
     Planes,
     WithoutPlanes,
@@ -30,7 +30,6 @@ from restormer3d.inspection import describe, inspect
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import noise_parameters, simulate_scene
-from restormer3d.spool import spooled
 from restormer3d.stacks import open_stack
 
 SHAPE = (192, 64, 64)
@@ -196,7 +195,7 @@ def test_frames_of_a_plane_may_wait_in_a_file(scenes, monkeypatch, tmp_path):
     stack = recorded(interleaved(scenes[:2]))
     expected, _ = denoised(stack)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(denoising, "spooled", lambda frames: spooled(frames, 1000))
+    monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
     np.testing.assert_array_equal(denoised(stack)[0], expected)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(OSError, match=r"none.*TMPDIR"):

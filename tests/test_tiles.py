@@ -5,18 +5,22 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
+from restormer3d import denoising, spool
 from restormer3d.activity import tiles
-from restormer3d.activity.tiles import in_tiles, tile_places, tile_size, together, waiting_bytes
-from restormer3d.denoising import start_denoising
+from restormer3d.activity.tiles import in_tiles, part_shape, tile_places, tile_shape, waiting_bytes
+from restormer3d.denoising import array_and_record, start_denoising
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
-from restormer3d.spool import has_room, spooled
+from restormer3d.spool import decoded, has_room, spooled
+from restormer3d.stacks import TiffStack, open_stack
 from restormer3d.views import SomePixels
 
 SHAPE = (150, 128, 112)
@@ -46,29 +50,34 @@ def denoised(stack, said=None, progress=silent, **changes):
     [(300, 128, 128), (1500, 490, 490), (100, 2048, 2048), (5000, 512, 512), (200_000, 512, 512), (9000, 16, 2048)],
 )
 def test_tiles_hold_as_many_voxels_as_they_may(shape):
-    depth, size = together(shape, INFERENCE)
-    assert depth * size[0] * size[1] <= INFERENCE.chunk_voxels
-    places = tile_places(shape, size)
+    part = part_shape(shape, INFERENCE)
+    assert np.prod(part) <= INFERENCE.chunk_voxels
+    assert tile_shape(shape, INFERENCE) == (shape[0], *part[1:])
+    places = tile_places(shape, part)
     covered = np.zeros(shape[1:], int)
     for place in places:
         covered[place] += 1
-        assert covered[place].shape == size
+        assert covered[place].shape == part[1:]
     assert covered.min() == 1
-    assert depth >= min(shape[0], 2**13)
+    assert part[0] >= min(shape[0], 2**13)
     if len(places) == 1:
-        assert size == shape[1:]
-    else:  # no more of them than twice what would do without overlap
-        assert len(places) * INFERENCE.chunk_voxels < 2.2 * depth * shape[1] * shape[2] * max(1.0, 64 / min(size)) ** 2
-        assert all(side == full or side >= 64 for side, full in zip(size, shape[1:], strict=True))
-    assert waiting_bytes(shape, size) >= 4 * np.prod(shape, dtype=np.int64)
+        assert part[1:] == shape[1:]
+        assert waiting_bytes(shape, INFERENCE) == 0
+    else:  # of twice the voxels at most that they would have without overlap
+        assert all(side == full or side >= 64 for side, full in zip(part[1:], shape[1:], strict=True))
+        assert 1 <= waiting_bytes(shape, INFERENCE) / (4 * np.prod(shape, dtype=np.int64)) < 2
 
 
-def test_a_stack_that_is_no_larger_is_one_tile():
-    shape = (64, 1024, 1024)
-    assert tile_size(shape, 2**26) == (1024, 1024)
-    assert tile_size((65, 1024, 1024), 2**26) != (1024, 1024)
-    assert together((65, 1024, 1024), INFERENCE.model_copy(update={"tiles": False})) == (64, (1024, 1024))
-    assert together((65, 1024, 1024), INFERENCE.model_copy(update={"components": False})) == (64, (1024, 1024))
+@pytest.mark.parametrize("shape", [(64, 1024, 1024), (20_000, 90, 90), (12_288, 81, 81)])
+def test_a_stack_that_is_no_larger_is_one_tile(shape):
+    assert tile_shape(shape, INFERENCE) == shape
+
+
+def test_without_tiles_there_is_one():
+    shape = (65, 1024, 1024)
+    assert tile_shape(shape, INFERENCE) != shape
+    for off in ("tiles", "components"):
+        assert part_shape(shape, INFERENCE.model_copy(update={off: False})) == (64, 1024, 1024)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 100), (128, 30), (128, 112), (1, 112), (5, 7)])
@@ -80,20 +89,20 @@ def test_what_does_not_change_the_tiles_does_not_change_the_stack(size):
         asked.append((number, count))
         return (frame[place] for frame in stack)
 
-    np.testing.assert_allclose(np.stack(list(in_tiles(stack.shape, size, crop))), stack, rtol=1e-6)
+    np.testing.assert_allclose(np.stack(list(in_tiles(stack.shape, (5, *size), crop))), stack, rtol=1e-6)
     assert asked == [(number, len(asked)) for number in range(len(asked))]
 
 
 def test_tiles_fade_into_one_another():
     shape = (1, 64, 160)
-    frame = next(in_tiles(shape, (64, 90), lambda place, number, _: iter([np.full((64, 90), number, np.float32)])))
+    frame = next(in_tiles(shape, (1, 64, 90), lambda _, number, __: iter([np.full((64, 90), number, np.float32)])))
     assert set(frame[:, :70].flat) == {0.0}
     assert set(frame[:, 90:].flat) == {1.0}
     assert (np.diff(frame[0, 70:90]) > 0).all()
     assert np.abs(np.diff(frame[0])).max() < 0.15
 
 
-def test_a_stack_in_tiles_is_as_close_to_the_truth_as_a_whole_one(scene, noisy, monkeypatch):
+def test_a_stack_in_tiles_is_as_close_to_the_truth_as_a_whole_one(scene, noisy):
     clean, steps, said = scene[:], [], []
     whole, _ = denoised(noisy)
     voxels = 80 * 80 * SHAPE[0]
@@ -131,22 +140,37 @@ def test_frames_and_tiles_may_both_be_parts(noisy, monkeypatch):
 
 
 def test_tiles_wait_in_a_file_that_is_gone_afterwards(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stack = np.random.default_rng(0).normal(size=(50, 90, 90)).astype(np.float32)
-    expected = np.stack(list(in_tiles(stack.shape, (64, 64), lambda place, *_: (frame[place] for frame in stack))))
-    monkeypatch.setattr(tiles, "_IN_MEMORY", 1000)
-    frames = in_tiles(stack.shape, (64, 64), lambda place, *_: (frame[place] for frame in stack))
-    np.testing.assert_array_equal(np.stack(list(frames)), expected)
+
+    def blended():
+        return in_tiles(stack.shape, (50, 64, 64), lambda place, *_: (frame[place] for frame in stack))
+
+    expected = np.stack(list(blended()))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
+    np.testing.assert_array_equal(np.stack(list(blended())), expected)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(OSError, match=r"none.*TMPDIR"):
-        list(in_tiles(stack.shape, (64, 64), lambda place, *_: (frame[place] for frame in stack)))
+        list(blended())
+
+
+def test_many_tiles_need_one_file(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
+    stack = np.random.default_rng(0).normal(size=(2, 1500, 1500)).astype(np.float32)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        frames = list(in_tiles(stack.shape, (2, 64, 64), lambda place, *_: (frame[place] for frame in stack)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_allclose(np.stack(frames), stack, rtol=1e-5, atol=1e-6)
 
 
 def test_without_room_for_them_frames_are_taken_together(noisy, monkeypatch, tmp_path):
-    assert has_room(0)
-    monkeypatch.setattr("restormer3d.spool._IN_MEMORY", 1000)
     assert has_room(10_000)
+    monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**6))
     assert has_room(500_000)
     assert not has_room(500_001)
@@ -157,14 +181,51 @@ def test_without_room_for_them_frames_are_taken_together(noisy, monkeypatch, tmp
     assert record["settings"]["inference"]["tiles"] is False
     in_time, _ = denoised(noisy, chunk_voxels=80 * 80 * SHAPE[0], tiles=False)
     np.testing.assert_array_equal(out, in_time)
+
+
+def test_there_is_no_room_in_a_folder_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    monkeypatch.undo()
+    assert has_room(1000)
+    assert not has_room(10**9)
+
+
+@pytest.mark.parametrize("fill", [0.0, 33.3])
+def test_a_tile_of_a_masked_field_may_have_no_noise(fill):
+    stack = np.full((60, 64, 128), fill, np.float32)
+    stack[:, :, 72:] = np.random.default_rng(0).poisson(10.0, (60, 64, 56)) * 10 + 100
+    out, record = denoised(stack, chunk_voxels=60 * 64 * 70)
+    assert record["footprints"] is not None
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[:, :, :48], fill, atol=0.05)
+    assert out[:, :, 80:].std() < 0.3 * stack[:, :, 80:].std()
 
 
 def test_frames_wait():
     stack = np.arange(24.0).reshape(4, 2, 3)
     for in_memory in (10, 10**6):
-        np.testing.assert_array_equal(list(spooled(iter(stack), in_memory)), stack)
+        with patch.object(spool, "_IN_MEMORY", in_memory):
+            both = list(spooled([iter(stack), iter(-stack)]))
+        np.testing.assert_array_equal(np.array(both), np.stack([stack, -stack], 1))
+
+
+def test_a_compressed_stack_is_decoded_once(tmp_path, monkeypatch):
+    stack = np.random.default_rng(0).integers(0, 1000, (30, 40, 50)).astype(np.uint16)
+    path = tmp_path / "compressed.tif"
+    tifffile.imwrite(path, stack, compression="zlib")
+    expected = array_and_record(stack, settings(iterations=0))[0]
+    with open_stack(path) as opened:
+        np.testing.assert_array_equal(decoded(opened), stack)
+        monkeypatch.setattr(denoising, "_CACHE_BYTES", 1000)
+        read, decode = [], TiffStack._decode
+
+        def counted(self, frame):
+            read.append(frame)
+            return decode(self, frame)
+
+        monkeypatch.setattr(TiffStack, "_decode", counted)
+        out = array_and_record(opened, settings(iterations=0))[0]
+    np.testing.assert_array_equal(out, expected)
+    assert max(np.bincount(read)) <= 2  # checked, decoded
 
 
 def test_some_pixels_of_a_stack():

@@ -185,8 +185,9 @@ class InferenceConfig(_Config):
         Voxels that components, footprints and courses look at together, where there are more in the stack; about 40
         bytes of memory for each.
     tiles : bool
-        Whether these are all frames of a tile of the field, as far as that leaves it 64 rows and columns; denoised
-        tiles wait in a temporary file for the last one. Else they are some frames of the whole field.
+        Whether `chunk_voxels` are all frames (of more than 12,288, at least 8,192) of a tile of the field of 64 rows
+        and columns at least; denoised tiles wait in a temporary file for the last one. Else, and where that file has no
+        room, they are some frames of the whole field, which is worse.
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but what `mend` and
         `stimulus_light` do (see `artefacts.planes.find_planes`). "auto" looks how many there are.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, get_args
@@ -20,10 +20,10 @@ from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
-from restormer3d.spool import spooled
+from restormer3d.spool import decoded, has_room, spooled
 from restormer3d.stacks import Rounding, TiffStack, check_stack, finished_frames, too_coarse
 
-_CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded once and kept, not once per patch
+_CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded into memory, a larger one into a file
 
 
 def array_and_record(
@@ -173,13 +173,18 @@ def _plane_by_plane(
         share = None if seconds is None else (seconds - (time.monotonic() - started)) / len(left)
         denoised = denoise_one(plane, of_plane, None, share, partial(advance, number), partial(tell, number))
         # Planes at work at the same time would each hold the memory of a stack.
-        each.append(denoised if len(left) == 1 else replace(denoised, frames=spooled(denoised.frames)))
+        each.append(denoised if len(left) == 1 else replace(denoised, frames=_waiting(denoised.frames)))
     records = [denoised.record for denoised in each]
     changed = [record for record in records if record != {"constant": True}] or records
     common = {name: value for name, value in changed[0].items() if all(other.get(name) == value for other in changed)}
     notes = [record["instead_of_the_network"] for record in changed if "instead_of_the_network" in record]
     record = common | {"each_plane": records} | ({"instead_of_the_network": notes[0]} if notes else {})
     return Denoised(in_turns([denoised.frames for denoised in each]), record)
+
+
+def _waiting(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Compute all frames now, and give them back one by one."""
+    return (frame for (frame,) in spooled([frames]))
 
 
 def _is_constant(stack: Any) -> bool:
@@ -189,7 +194,9 @@ def _is_constant(stack: Any) -> bool:
 
 
 def _readable(stack: Any) -> Any:
-    """A compressed file of moderate size as an array: patches would decode its frames again and again."""
+    """A compressed file as an array, where there is room for it: its frames would be decoded again and again."""
     if not isinstance(stack, TiffStack) or stack.layout.data_offsets is not None:
         return stack
-    return stack if stack.nbytes > min(_CACHE_BYTES, psutil.virtual_memory().available // 4) else stack[:]
+    if stack.nbytes <= min(_CACHE_BYTES, psutil.virtual_memory().available // 4):
+        return stack[:]
+    return decoded(stack) if has_room(stack.nbytes) else stack

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from restormer3d.activity.tiles import together, waiting_bytes
+from restormer3d.activity.tiles import tile_shape, waiting_bytes
 from restormer3d.arithmetic import usable
 from restormer3d.artefacts.planes import WithoutPlanes, differences_of, put_back
 from restormer3d.artefacts.stimulus_light import Steadied
@@ -27,7 +27,7 @@ from restormer3d.ops import why_not_cuda
 from restormer3d.patches import TrainingStack, measured_stack
 from restormer3d.planning import Calibration, calibrate, ends_in_time, estimate, fit_to_time
 from restormer3d.progress import Progress, Say
-from restormer3d.refinement import refined_frames
+from restormer3d.refinement import refined_frames, why_no_components
 from restormer3d.settings import Pretrained, Settings, build_model, training_plan
 from restormer3d.sidecar import network_record, weights_record
 from restormer3d.spool import has_room
@@ -89,12 +89,8 @@ def by_network(
     engine, precision = usable(chosen.engine, chosen.precision, device)
     if precision != chosen.precision:
         say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
-    chosen = _with_room(chosen, stack.shape, say)
-    windows, smaller = within_memory(stack.shape, chosen.inference, device)
-    if smaller:
-        say(smaller)
-        chosen = replace(chosen, inference=windows)
     source, noise = _source(stack, measured, chosen, say)
+    chosen = _as_memory_allows(_without_components(chosen, source, say), stack.shape, device, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
     source, adapted = _adapt(model, source, chosen, device, seconds, say)
     learned = to_learn_from(source)
@@ -158,27 +154,43 @@ def _say_plan(
 ) -> None:
     """Say what will be done, in which time and memory, and by what it is computed."""
     seconds, memory = estimate(chosen, shape, calibration, device)
+    waiting = waiting_bytes(shape, chosen.inference)
+    files = f" (and {waiting / 1e9:.1f} GB of temporary files)" if waiting else ""
     most = "at most " if chosen.training.stop_early and chosen.training.iterations else ""
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
     say(
-        f"{most}about {_duration(seconds)} and {memory / 1e9:.1f} GB on {device} ({threads}{computing}): "
+        f"{most}about {_duration(seconds)} and {memory / 1e9:.1f} GB{files} on {device} ({threads}{computing}): "
         f"{training_plan(chosen)}"
     )
     if device.type == "cuda" and (obstacle := why_not_cuda(device)):
         say(f"plain PyTorch computes on this GPU, which is slower than the Triton kernels: {obstacle}")
 
 
-def _with_room(chosen: Settings, shape: tuple[int, int, int], say: Say) -> Settings:
-    """Take the field as a whole where denoised tiles have nowhere to wait."""
-    size = together(shape, chosen.inference)[1]
-    needed = waiting_bytes(shape, size)
-    if size == shape[1:] or has_room(needed):
+def _without_components(chosen: Settings, source: TrainingStack, say: Say) -> Settings:
+    """Leave out components, and what follows from them, where the stack has none that can be told from noise."""
+    why = why_no_components(source) if chosen.inference.components else ""
+    if not why:
         return chosen
-    say(
-        f"the folder for temporary files has no room for {needed / 1e9:.1f} GB of denoised tiles and as much again: "
-        "components see fewer frames at a time instead. TMPDIR=FOLDER names another one."
-    )
-    return replace(chosen, inference=chosen.inference.model_copy(update={"tiles": False}))
+    say(f"{why}, that step is left out")
+    return replace(chosen, inference=chosen.inference.model_copy(update={"components": False}))
+
+
+def _as_memory_allows(chosen: Settings, shape: tuple[int, int, int], device: torch.device, say: Say) -> Settings:
+    """Take the field as a whole where denoised tiles have nowhere to wait, and windows that a GPU's memory holds."""
+    inference = chosen.inference
+    needed = waiting_bytes(shape, inference)
+    if not has_room(needed):
+        say(
+            f"the folder for temporary files has no room for {needed / 1e9:.1f} GB of denoised tiles and as much "
+            "again: components see fewer frames at a time instead. TMPDIR=FOLDER names another one."
+        )
+        inference = inference.model_copy(update={"tiles": False})
+    # Tiles may have larger windows than the field; where a time limit leaves components out, there are no tiles.
+    for windows_of in (tile_shape(shape, inference), shape):
+        inference, smaller = within_memory(windows_of, inference, device)
+        if smaller:
+            say(smaller)
+    return replace(chosen, inference=inference)
 
 
 def _adapt(

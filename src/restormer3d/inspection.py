@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from restormer3d.activity.tiles import tile_shape
 from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.artefacts.stimulus_light import unlit_frames
@@ -77,7 +78,7 @@ def describe(facts: dict[str, Any]) -> str:
     wide = " x ".join(str(2 * reach + 1) for reach in extent)
     seen = {axis: f"{noise['correlation'][axis][0]:.2f}" for axis in "xyt"}
     frames, height, width = facts["shape"]
-    window = " x ".join(map(str, window_size(facts["shape"], chosen.inference)))
+    window = " x ".join(map(str, window_size(tile_shape(facts["shape"], chosen.inference), chosen.inference)))
     rows = {
         "file": facts["file"],
         "stack": f"{frames} frames of {height} x {width}, {facts['dtype']}, axes {facts['axes']}",

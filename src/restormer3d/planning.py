@@ -15,7 +15,7 @@ import torch
 
 from restormer3d.activity.chunks import count_chunks
 from restormer3d.activity.fields import FIELD_FRAMES
-from restormer3d.activity.tiles import tile_places, together
+from restormer3d.activity.tiles import part_shape, tile_places, tile_shape
 from restormer3d.arithmetic import autocast, float32_products, usable
 from restormer3d.config import InferenceConfig, Precision, TrainingConfig
 from restormer3d.inference import count_windows, window_size, windows_per_pass
@@ -69,8 +69,8 @@ def calibrate(model: Restormer3D, source: TrainingStack, chosen: Settings, devic
             precision=precision,
             progress=lambda *_: marks.append(_now(device)),
         )
-    window = window_size(source.stack.shape, chosen.inference)
-    together = windows_per_pass(source.stack.shape, chosen.inference, device)
+    tile = tile_shape(source.stack.shape, chosen.inference)
+    window, together = window_size(tile, chosen.inference), windows_per_pass(tile, chosen.inference, device)
     per_voxel = _seconds_per_voxel(trial.to(device), window, together, device, precision)
     checks = 0.0
     total = chosen.training.warmup_iterations + chosen.training.iterations
@@ -168,11 +168,10 @@ def ends_in_time(chosen: Settings, shape: tuple[int, int, int], calibration: Cal
 
 
 def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, calibration: Calibration) -> float:
-    depth, size = together(shape, inference)
-    tile = (shape[0], *size)
+    tile, depth = tile_shape(shape, inference), part_shape(shape, inference)[0]
     window = window_size(tile, inference)  # larger or smaller with other overlaps
     voxels = float(inference.symmetries * count_windows(tile, inference) * math.prod(window))
-    chunks, pixels = count_chunks(shape[0], depth), math.prod(size)
+    chunks, pixels = count_chunks(shape[0], depth), math.prod(tile[1:])
     if inference.components:
         voxels = 2 * voxels + _COMPONENTS * chunks * depth * pixels
     if inference.components and depth >= FIELD_FRAMES:
@@ -181,7 +180,7 @@ def _inference_seconds(shape: tuple[int, int, int], inference: InferenceConfig, 
         voxels += each * chunks * pixels
     if inference.static_image and chunks > 1:  # what the mean of each has of its own
         voxels += 2 * _STATIC_IMAGE * chunks * pixels
-    voxels *= len(tile_places(shape, size))
+    voxels *= len(tile_places(shape, tile))
     if inference.static_image or inference.footprints:
         voxels += _STATIC_IMAGE * math.prod(shape[1:])
     return voxels * calibration.seconds_per_voxel
@@ -203,15 +202,15 @@ def estimate(
     seconds = iterations * calibration.seconds_per_iteration
     seconds += _inference_seconds(shape, chosen.inference, calibration)
     inference = chosen.inference
-    depth, size = together(shape, inference)
-    window = window_size((shape[0], *size), inference)
+    tile, depth = tile_shape(shape, inference), part_shape(shape, inference)[0]
+    window = window_size(tile, inference)
     held = 4 * window[0]
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + (7 + (inference.footprints or inference.courses)) * depth
-        held += depth * (size != shape[1:])  # a tile as it was recorded
+        held += depth * (tile != shape)  # a tile as it was recorded
     elif inference.static_image:
         held += 3 * depth
-    buffers = 4 * held * math.prod(size)
+    buffers = 4 * held * math.prod(tile[1:])
     if device.type == "cpu":  # the calibration has just run, but for the part of the window that it did not time
         beyond = inference.batch_size * (math.prod(window) - math.prod(min(side, _TIMED_SIDE) for side in window))
         return seconds, psutil.Process().memory_info().rss + buffers + beyond * _VOXEL_BYTES

@@ -14,9 +14,9 @@ import torch
 from restormer3d.activity.chunks import LEAST_FRAMES, chunk_frames, in_chunks
 from restormer3d.activity.components import AddedNoise, MeanImage, Step, refine_by_components
 from restormer3d.activity.courses import denoise_courses
-from restormer3d.activity.fields import FIELD_FRAMES
+from restormer3d.activity.fields import FIELD_FRAMES, least_deviation
 from restormer3d.activity.footprints import denoise_footprints
-from restormer3d.activity.tiles import Place, in_tiles, tile_places, together
+from restormer3d.activity.tiles import Place, in_tiles, part_shape, tile_places
 from restormer3d.arithmetic import float64_device
 from restormer3d.artefacts.planes import differences_of, put_back
 from restormer3d.checkpoint import small_network
@@ -77,6 +77,7 @@ def refined_frames(
         precision=precision,
     )
     parts, stack = chosen.inference, source.stack
+    part = part_shape(stack.shape, parts)
     added = _added_noise(source, noise, measured, say) if parts.components else None
     mean_of: Callable[[Place], MeanImage] | None = None
     static = None
@@ -88,19 +89,28 @@ def refined_frames(
         if images is not None and parts.static_image:
             images = np.stack([denoise_mean(image, noise, count // len(images), **still) for image in images])
         if parts.static_image:
-            variance = added.variance if added else noise.variance(mean)
+            variance = np.maximum(added.variance, added.least_deviation**2) if added else noise.variance(mean)
             mean_of = partial(_mean_image, static, mean, variance, count, still)
     steps: dict[str, Callable[[Place], Step]] = {}
     if added is not None:
-        depth, size = together(stack.shape, parts)
-        _say_together(stack.shape, depth, size, say)
-        steps = _activity_steps(chosen, added, depth, static, noise, float64_device(device), say)
-        refine = partial(_refined_tile, denoise, source, added, device, depth, list(steps.values()), mean_of, progress)
-        frames = in_tiles(stack.shape, size, refine)
+        _say_part(stack.shape, part, say)
+        steps = _activity_steps(chosen, added, part[0], static, noise, float64_device(device), say)
+        refined = partial(
+            _refined_tile,
+            denoise=denoise,
+            source=source,
+            added=added,
+            device=device,
+            depth=part[0],
+            steps=list(steps.values()),
+            mean_of=mean_of,
+            progress=progress,
+        )
+        frames = in_tiles(stack.shape, part, refined)
     else:
         frames = denoise(stack, background=source.background, progress=progress)
         if mean_of is not None:
-            whole = tile_places(stack.shape, stack.shape[1:])[0]
+            whole = (slice(None), slice(None))
             frames = _with_means(frames, stack, chunk_frames(stack.shape, parts.chunk_voxels), mean_of(whole))
     if images is not None:
         frames = put_back(frames, differences_of(images))
@@ -110,19 +120,32 @@ def refined_frames(
     return frames, {"components": added is not None} | networks
 
 
-def _say_together(shape: tuple[int, int, int], depth: int, size: tuple[int, int], say: Say) -> None:
+def why_no_components(source: TrainingStack) -> str:
+    """Why a stack can't be taken apart into components; empty if it can."""
+    if source.stack.shape[0] < LEAST_FRAMES:
+        return f"{source.stack.shape[0]} frames are too few to tell components from noise"
+    if any(abs(r) > LEAK_THRESHOLD for r in source.noise_correlation[0][1:]):
+        return "the noise of consecutive frames is correlated: components cannot be told from it"
+    return ""
+
+
+def _say_part(shape: tuple[int, int, int], part: tuple[int, int, int], say: Say) -> None:
     """Say what components see, if that is not all of the stack."""
-    if size != shape[1:]:
-        count = len(tile_places(shape, size))
-        say(f"components are taken from {count} tiles of {size[0]} x {size[1]} pixels one after the other")
-    if depth < shape[0]:
+    if part[1:] != shape[1:]:
+        count = len(tile_places(shape, part))
+        say(f"components are taken from {count} tiles of {part[1]} x {part[2]} pixels one after the other")
+    if part[0] < shape[0]:
         say(
-            f"components are taken from {depth} frames at a time; more tell more, where memory allows: [inference] "
+            f"components are taken from {part[0]} frames at a time; more tell more, where memory allows: [inference] "
             "chunk_voxels in a --config file"
         )
 
 
 def _refined_tile(
+    place: Place,
+    number: int,
+    count: int,
+    *,
     denoise: _Denoiser,
     source: TrainingStack,
     added: AddedNoise,
@@ -131,9 +154,6 @@ def _refined_tile(
     steps: list[Callable[[Place], Step]],
     mean_of: Callable[[Place], MeanImage] | None,
     progress: Progress,
-    place: Place,
-    number: int,
-    count: int,
 ) -> Iterator[np.ndarray]:
     """Denoise and refine a tile as a stack of its own, but by what is known of the whole one."""
     stack = source.stack
@@ -183,13 +203,7 @@ def _activity_steps(
 def _added_noise(
     source: TrainingStack, noise: NoiseEstimate, measured: np.ndarray | None, say: Say
 ) -> AddedNoise | None:
-    """Noise like that of the stack, to tell the denoised stack's components from noise; None where that fails."""
-    if source.stack.shape[0] < LEAST_FRAMES:
-        say(f"{source.stack.shape[0]} frames are too few to tell components from noise: that step is left out")
-        return None
-    if any(abs(r) > LEAK_THRESHOLD for r in source.noise_correlation[0][1:]):
-        say("the noise of consecutive frames is correlated: components cannot be told from it, that step is left out")
-        return None
+    """Noise like that of the stack, to tell the denoised stack's components from noise; None where there is none."""
     mean = source.normalization.invert(source.mean)
     variance, by_place = local_variance(source.stack, noise, mean, measured)
     if by_place:
@@ -197,7 +211,8 @@ def _added_noise(
     if not variance.any():
         say("differences of frames show no noise: no component can be told from it, that step is left out")
         return None
-    return AddedNoise(source.stack, variance, source.noise_correlation)
+    least = float(least_deviation(torch.from_numpy(np.sqrt(variance))).min())
+    return AddedNoise(source.stack, variance, source.noise_correlation, least)
 
 
 def _mean_image(

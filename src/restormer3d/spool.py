@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
-from tempfile import SpooledTemporaryFile, gettempdir
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from tempfile import SpooledTemporaryFile, TemporaryFile, gettempdir
+from typing import Any
 
 import numpy as np
 
-_IN_MEMORY = 2**28  # bytes
+from restormer3d.views import each_frame
+
+_IN_MEMORY = 2**28  # bytes that wait there at most
 
 
-def spooled(frames: Iterator[np.ndarray], in_memory: int = _IN_MEMORY) -> Iterator[np.ndarray]:
-    """Compute all frames now, and give them back one by one.
+def spooled(sequences: Iterable[Iterator[np.ndarray]]) -> Iterator[list[np.ndarray]]:
+    """Compute sequences of frames one after the other, now, and give them back frame by frame of all.
 
     Parameters
     ----------
-    frames : iterator of numpy.ndarray
-        Of any shape.
-    in_memory : int
-        Bytes that may wait in memory; of more, all go to a temporary file, which nobody else sees and which is gone
-        once the last frame was read.
+    sequences : iterable of iterator of numpy.ndarray
+        Frames of one shape and dtype, as many in each.
 
     Returns
     -------
-    iterator of numpy.ndarray
-        The same frames.
+    iterator of list of numpy.ndarray
+        The first frames of all sequences, then the second ones, and so on. They come from a temporary file, that nobody
+        else sees and that is gone once the last one was read, if they are many.
 
     Raises
     ------
@@ -34,24 +35,42 @@ def spooled(frames: Iterator[np.ndarray], in_memory: int = _IN_MEMORY) -> Iterat
         If the temporary folder has no room.
     """
     with ExitStack() as until_written:
-        kept = until_written.enter_context(SpooledTemporaryFile(in_memory))
-        count = 0
-        for frame in frames:
-            try:
-                np.save(kept, frame)
-            except OSError as error:
-                reason = f"{gettempdir()}: denoised frames have to wait there ({error.strerror or error})"
-                raise OSError(f"{reason}. Make room, or set TMPDIR to another folder.") from error
-            count += 1
-        kept.seek(0)
+        with _room():
+            kept = until_written.enter_context(SpooledTemporaryFile(_IN_MEMORY))
+        counts: list[int] = []
+        example = np.empty(0)
+        for sequence in sequences:
+            counts.append(0)
+            for example in sequence:
+                with _room():
+                    kept.write(np.ascontiguousarray(example).data)
+                counts[-1] += 1
+        assert len(set(counts)) == 1
         until_read = until_written.pop_all()
 
-    def read() -> Iterator[np.ndarray]:
+    def read() -> Iterator[list[np.ndarray]]:
         with until_read:
-            for _ in range(count):
-                yield np.load(kept)
+            for t in range(counts[0]):
+                yield [frame(number * counts[0] + t) for number in range(len(counts))]
+
+    def frame(position: int) -> np.ndarray:
+        kept.seek(position * example.nbytes)
+        return np.frombuffer(kept.read(example.nbytes), example.dtype).reshape(example.shape).copy()
 
     return read()
+
+
+def decoded(stack: Any) -> np.ndarray:
+    """Read all frames of a stack (T, H, W) into a temporary file, of which memory holds what is in use."""
+    with ExitStack() as until_mapped:
+        with _room():
+            kept = until_mapped.enter_context(TemporaryFile())
+        for _, frame in each_frame(stack):
+            with _room():
+                kept.write(np.ascontiguousarray(frame).data)
+        with _room():
+            kept.flush()
+        return np.memmap(kept, stack.dtype, "r", shape=stack.shape)
 
 
 def has_room(size: int) -> bool:
@@ -62,3 +81,18 @@ def has_room(size: int) -> bool:
         return size <= shutil.disk_usage(gettempdir()).free // 2
     except OSError:  # there is none
         return False
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Say what to do where a temporary file can't be made or written."""
+    try:
+        yield
+    except OSError as error:
+        folder = "the folder for them"
+        with suppress(OSError):  # there may be none
+            folder = gettempdir()
+        raise OSError(
+            f"frames have to wait in a temporary file, but: {error.strerror or error}. Make room in {folder}, or set "
+            "TMPDIR to another one."
+        ) from error

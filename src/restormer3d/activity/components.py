@@ -63,10 +63,13 @@ class AddedNoise(ChangedStack):
         Of its noise, (H, W), in squared intensities.
     correlation : tuple of tuple of float
         Of a voxel's noise with its neighbors' along frames (not used), rows and columns, from lag 0 on.
+    least_deviation : float
+        Of the noise of a pixel that other pixels are compared with; see `fields.least_deviation`.
     """
 
     variance: np.ndarray
     correlation: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]] = ((1.0,), (1.0,), (1.0,))
+    least_deviation: float = 0.0
 
     def __getitem__(self, frames: slice) -> np.ndarray:
         """Read frames with `_ADDED` times the noise of :meth:`noise` added."""
@@ -175,7 +178,7 @@ def _refined(
     for size in _BLOCKS:
         _add_refined(total, fields, size, _BLOCK_VOXELS if total.is_cuda else 0)
     total /= len(_BLOCKS)
-    deviation = torch.from_numpy(np.sqrt(added.variance)).to(device, torch.float32)
+    deviation = torch.from_numpy(np.sqrt(added.variance)).to(device, torch.float32).clamp(min=added.least_deviation)
     for step in then:
         total = step(total, fields[1], fields[3], deviation)
     if mean_image is not None:

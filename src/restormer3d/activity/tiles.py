@@ -23,28 +23,34 @@ _LEAST_SIDE = 64  # pixels: less than a field of footprints and courses
 # Frames for which tiles are made smaller; beyond, smaller ones cost more than more frames bring. All, if few more.
 _ENOUGH_FRAMES, _FEW_MORE = 2**13, 1.5
 _OVERLAP = 16  # pixels of neighboring tiles, over which they are blended
-_IN_MEMORY = 2**28  # bytes of denoised tiles that wait there
 
 
-def together(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, tuple[int, int]]:
-    """Frames, and rows and columns, of a stack of this shape that are looked at together."""
-    size = tile_size(shape, config.chunk_voxels) if config.tiles and config.components else shape[1:]
-    return chunk_frames((shape[0], *size), config.chunk_voxels), size
+def part_shape(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns of the part of a stack of this shape that is looked at together."""
+    frames, rows, columns = tile_shape(shape, config)
+    return chunk_frames((frames, rows, columns), config.chunk_voxels), rows, columns
 
 
-def tile_size(shape: tuple[int, int, int], most_voxels: int) -> tuple[int, int]:
-    """Rows and columns of the tiles of a stack of this shape that have `most_voxels` at most, as long as it can be.
+def tile_shape(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[int, int, int]:
+    """All frames, rows and columns of a tile of a stack of this shape, which may be all of it."""
+    if not config.tiles or not config.components:
+        return shape
+    return shape[0], *_tile_size(shape, config.chunk_voxels)
 
-    The whole field, if that is so few; else all tiles are of the same size, and not smaller than they have to be.
+
+def _tile_size(shape: tuple[int, int, int], most_voxels: int) -> tuple[int, int]:
+    """Rows and columns of the whole field, or of tiles of which all frames, if not too many, are `most_voxels`.
+
+    All tiles are of the same size, and not smaller than their number asks for.
     """
     frames = shape[0] if shape[0] <= _FEW_MORE * _ENOUGH_FRAMES else _ENOUGH_FRAMES
     pixels = most_voxels // frames
     height, width = shape[1:]
-    if height * width <= pixels:
+    if height * width <= max(pixels, most_voxels // _ENOUGH_FRAMES):
         return height, width
-    columns = min(width, max(_LEAST_SIDE, math.isqrt(pixels), pixels // height))
-    rows = min(height, max(_LEAST_SIDE, pixels // columns))
-    return _evened(height, rows), _evened(width, columns)
+    columns = _evened(width, max(_LEAST_SIDE, math.isqrt(pixels), pixels // height))
+    rows = _evened(height, max(_LEAST_SIDE, pixels // columns))
+    return rows, columns
 
 
 def _evened(length: int, side: int) -> int:
@@ -55,44 +61,45 @@ def _evened(length: int, side: int) -> int:
     return max(_LEAST_SIDE, math.ceil((length + (count - 1) * _OVERLAP) / count))
 
 
-def tile_places(shape: tuple[int, int, int], size: tuple[int, int]) -> list[Place]:
-    """Where the tiles of a stack of this shape are."""
-    rows, columns = (_starts(full, side) for full, side in zip(shape[1:], size, strict=True))
-    return [(slice(y, y + size[0]), slice(x, x + size[1])) for y, x in product(rows, columns)]
+def tile_places(shape: tuple[int, int, int], tile: tuple[int, int, int]) -> list[Place]:
+    """Where tiles (or parts) of this shape lie in a stack."""
+    rows, columns = (_starts(full, side) for full, side in zip(shape[1:], tile[1:], strict=True))
+    return [(slice(y, y + tile[1]), slice(x, x + tile[2])) for y, x in product(rows, columns)]
 
 
-def waiting_bytes(shape: tuple[int, int, int], size: tuple[int, int]) -> int:
-    """Bytes of the denoised frames of all tiles."""
-    return 4 * shape[0] * size[0] * size[1] * len(tile_places(shape, size))
+def waiting_bytes(shape: tuple[int, int, int], config: InferenceConfig) -> int:
+    """Bytes of the denoised frames of all tiles; none of the field as a whole, which does not wait."""
+    tile = tile_shape(shape, config)
+    count = len(tile_places(shape, tile))
+    return 4 * math.prod(tile) * count if count > 1 else 0
 
 
 def in_tiles(
-    shape: tuple[int, int, int], size: tuple[int, int], denoise: Callable[[Place, int, int], Iterator[np.ndarray]]
+    shape: tuple[int, int, int],
+    part: tuple[int, int, int],
+    denoise: Callable[[Place, int, int], Iterator[np.ndarray]],
 ) -> Iterator[np.ndarray]:
     """Denoise a stack tile by tile.
 
     Parameters
     ----------
-    shape : tuple of int
-        Of the stack, (T, H, W).
-    size : tuple of int
-        Rows and columns of a tile, see :func:`tile_size`.
+    shape, part : tuple of int
+        Of the stack, (T, H, W), and of what is looked at together, see :func:`part_shape`.
     denoise : function
-        From a tile's place, its number and how many there are to its frames (rows, columns), in order.
+        From a tile's place, its number and how many there are to its frames (rows, columns) float32, in order.
 
     Yields
     ------
     numpy.ndarray
         Frames (H, W) float32, in order; the first one once all tiles are done.
     """
-    places = tile_places(shape, size)
-    if len(places) == 1:
+    places = tile_places(shape, part)
+    count = len(places)
+    if count == 1:
         yield from denoise(places[0], 0, 1)
         return
-    weights = [_weights(*along) for along in zip(shape[1:], size, strict=True)]
-    count = len(places)
-    waiting = [spooled(denoise(place, number, count), _IN_MEMORY // count) for number, place in enumerate(places)]
-    for tiles in zip(*waiting, strict=True):
+    weights = [_weights(*along) for along in zip(shape[1:], part[1:], strict=True)]
+    for tiles in spooled(denoise(place, number, count) for number, place in enumerate(places)):
         frame = np.zeros(shape[1:], np.float32)
         for (y, x), tile in zip(places, tiles, strict=True):
             frame[y, x] += weights[0][y.start][:, None] * tile * weights[1][x.start]
