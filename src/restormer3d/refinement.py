@@ -76,19 +76,19 @@ def refined_frames(
         device=device,
         precision=precision,
     )
-    parts, stack = chosen.inference, source.stack
-    part = part_shape(stack.shape, parts)
-    added = _added_noise(source, noise, measured, say) if parts.components else None
+    config, stack = chosen.inference, source.stack
+    part = part_shape(stack.shape, config)
+    added = _added_noise(source, noise, measured, say) if config.components else None
     mean_of: Callable[[Place], MeanImage] | None = None
     static = None
-    if parts.static_image or parts.footprints:
+    if config.static_image or config.footprints:
         still = {"correlation": source.noise_correlation, "device": device}
         still["network"] = small_network(ImageNetwork, chosen.networks)
         count, mean = stack.shape[0], source.normalization.invert(source.mean)
         static = denoise_mean(mean, noise, count, **still)
-        if images is not None and parts.static_image:
+        if images is not None and config.static_image:
             images = np.stack([denoise_mean(image, noise, count // len(images), **still) for image in images])
-        if parts.static_image:
+        if config.static_image:
             variance = np.maximum(added.variance, added.least_deviation**2) if added else noise.variance(mean)
             mean_of = partial(_mean_image, static, mean, variance, count, still)
     steps: dict[str, Callable[[Place], Step]] = {}
@@ -111,7 +111,7 @@ def refined_frames(
         frames = denoise(stack, background=source.background, progress=progress)
         if mean_of is not None:
             whole = (slice(None), slice(None))
-            frames = _with_means(frames, stack, chunk_frames(stack.shape, parts.chunk_voxels), mean_of(whole))
+            frames = _with_means(frames, stack, chunk_frames(stack.shape, config.chunk_voxels), mean_of(whole))
     if images is not None:
         frames = put_back(frames, differences_of(images))
     done = {*steps, "static_image"} if mean_of is not None else set(steps)

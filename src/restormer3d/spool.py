@@ -70,7 +70,7 @@ def decoded(stack: Any) -> np.ndarray:
                 kept.write(np.ascontiguousarray(frame).data)
         with _room():
             kept.flush()
-        return np.memmap(kept, stack.dtype, "r", shape=stack.shape)
+        return np.memmap(kept, stack.dtype, "c", shape=stack.shape)  # an array like any other
 
 
 def has_room(size: int) -> bool:
