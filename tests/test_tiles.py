@@ -15,13 +15,17 @@ import torch
 from restormer3d import denoising, spool
 from restormer3d.activity import tiles
 from restormer3d.activity.tiles import in_tiles, part_shape, tile_places, tile_shape, waiting_bytes
+from restormer3d.artefacts.borders import FilledBorders, WithoutBorders
+from restormer3d.artefacts.planes import WithoutPlanes, one_plane
+from restormer3d.artefacts.spikes import WithoutSpikes
+from restormer3d.artefacts.stimulus_light import Steadied, WithoutLight
 from restormer3d.denoising import array_and_record, start_denoising
 from restormer3d.progress import silent
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 from restormer3d.spool import decoded, has_room, spooled
 from restormer3d.stacks import TiffStack, open_stack
-from restormer3d.views import SomePixels
+from restormer3d.views import Lowered, SomeFrames, SomePixels
 
 SHAPE = (150, 128, 112)
 INFERENCE = settings(iterations=0).inference
@@ -234,3 +238,33 @@ def test_some_pixels_of_a_stack():
     assert (some.shape, some.dtype) == ((5, 3, 5), np.int16)
     np.testing.assert_array_equal(some[1:3], stack[1:3, 1:4, 2:7])
     np.testing.assert_array_equal(some.read(), stack[:, 1:4, 2:7])
+
+
+def wrapped(stack):
+    """Everything that denoising may put around a recording, by name."""
+    rng, (frames, height, width) = np.random.default_rng(1), stack.shape
+    filled = FilledBorders(rng.integers(0, 3, (frames, 4)), 7.0)
+    places = np.argwhere(rng.random(stack.shape) < 0.02)
+    kept = {3: np.stack([np.full(height, 5.0), np.linspace(0, 1, height)])}
+    return {
+        "some frames": SomeFrames(stack, np.array([0, 2, 3, 8, 9])),
+        "one plane": one_plane(stack, 1, 3),
+        "lowered": Lowered(stack, 100.0),
+        "planes": WithoutPlanes(stack, rng.normal(size=(2, height, width)).astype(np.float32)),
+        "borders": WithoutBorders(stack, filled, rng.normal(size=(height, width))),
+        "spikes": WithoutSpikes(stack, places, rng.integers(0, 9, len(places)).astype(stack.dtype)),
+        "light": WithoutLight(stack, rng.random((frames, height)).astype(np.float32)),
+        "steadied": Steadied(stack, kept, np.array([0, 1, 2, 4, 5, 6])),
+    }
+
+
+@pytest.mark.parametrize("name", wrapped(np.zeros((12, 9, 10), np.int16)))
+def test_a_tile_of_what_is_around_a_recording_is_cut_out_of_it(name):
+    recorded = np.random.default_rng(0).integers(0, 1000, (12, 9, 10)).astype(np.int16)
+    stack = wrapped(recorded)[name]
+    some = SomePixels(stack, slice(2, 7), slice(1, 10))
+    assert (np.asarray(stack[:]) != recorded[: stack.shape[0]]).any()
+    for frames in (slice(0, stack.shape[0]), slice(2, 4)):
+        np.testing.assert_array_equal(some[frames], stack[frames][:, 2:7, 1:10])
+    assert some.read().dtype == stack.dtype
+    np.testing.assert_array_equal(some.read(), stack[:][:, 2:7, 1:10])
