@@ -78,6 +78,18 @@ def test_activity_is_part_of_the_time_of_each_chunk(part):
     assert 0 < seconds(200) < seconds(2000)
 
 
+def test_courses_of_a_long_recording_need_memory_however_small_the_field_is():
+    chosen = settings()
+    without = replace(chosen, inference=chosen.inference.model_copy(update={"courses": False}))
+
+    def more(frames):
+        speed, cpu = Calibration(0.0, 1e-6), torch.device("cpu")
+        return estimate(chosen, (frames, 32, 32), speed, cpu)[1] - estimate(without, (frames, 32, 32), speed, cpu)[1]
+
+    assert 1.2e9 < more(16_000) < 1.6e9
+    assert more(300) < 2e7
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_what_brings_least_is_left_out_before_the_network_is(count):
     chosen, shape, speed, cpu = settings(), (1200, 512, 512), Calibration(0.6, 1e-6), torch.device("cpu")

@@ -32,6 +32,7 @@ _SPARED = ("footprints", "courses", "components")
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at most
 _VOXEL_BYTES = 200  # that the default network computes a voxel of a large window with on a CPU
+_FRAME_BYTES = 90_000  # that the network for courses computes a frame of a field of 48 of them with
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 # What the steps after the network take, relative to the network's time for a voxel: on two CPU cores, on recordings of
 # 96 to 256 pixels a side, rather too much than too little.
@@ -212,6 +213,9 @@ def estimate(
         held += 3 * depth
     buffers = 4 * held * math.prod(tile[1:])
     if device.type == "cpu":  # the calibration has just run, but for the part of the window that it did not time
-        beyond = inference.batch_size * (math.prod(window) - math.prod(min(side, _TIMED_SIDE) for side in window))
-        return seconds, psutil.Process().memory_info().rss + buffers + beyond * _VOXEL_BYTES
+        timed = inference.batch_size * math.prod(min(side, _TIMED_SIDE) for side in window) * _VOXEL_BYTES
+        computed = inference.batch_size * math.prod(window) * _VOXEL_BYTES
+        if inference.components and inference.courses and depth >= FIELD_FRAMES:
+            computed = max(computed, depth * _FRAME_BYTES)
+        return seconds, psutil.Process().memory_info().rss + buffers + computed - timed
     return seconds, torch.cuda.max_memory_allocated(device) + buffers if device.type == "cuda" else buffers
