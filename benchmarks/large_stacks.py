@@ -27,7 +27,7 @@ _SEED = 9_500_000
 SHAPES = ((1500, 96, 96), (120, 256, 256))
 """A long recording of a small field, and a short one of a large field."""
 _FRAMES = (256, 16)  # of the whole field together: of 512 x 512 and 2048 x 2048 pixels, 67 million voxels are as many
-_TILES = (64, 93)  # pixels a side
+_TILES = (64, 93)  # pixels a side of a square of as many voxels as may be looked at together; tiles come out evened
 
 app = App(name="python -m benchmarks.large_stacks", help_format="plaintext")
 

@@ -182,12 +182,13 @@ class InferenceConfig(_Config):
         Whether their courses in time are then denoised (see `activity.courses.denoise_courses`); only with
         `components`.
     chunk_voxels : int
-        Voxels that components, footprints and courses look at together, where there are more in the stack; about 40
-        bytes of memory for each.
+        Most voxels that components, footprints and courses look at together; about 40 bytes of memory for each. Larger
+        stacks are taken in parts, see `tiles`.
     tiles : bool
-        Whether `chunk_voxels` are all frames (of more than 12,288, at least 8,192) of a tile of the field of 64 rows
-        and columns at least; denoised tiles wait in a temporary file for the last one. Else, and where that file has no
-        room, they are some frames of the whole field, which is worse.
+        How larger stacks are divided; only with `components`. True: into overlapping tiles of the field, each with all
+        of its frames (of more than 12,288, with the default `chunk_voxels`, 8,192 or more at a time). Tiles have 64
+        rows and columns at least, if the field does; denoised ones wait in a temporary file until the last is done.
+        False, or where that file has no room: into runs of frames of the whole field, which is worse.
     planes : "auto" or int
         Planes that the stack shows in turns, frame by frame: they are told apart before anything but what `mend` and
         `stimulus_light` do (see `artefacts.planes.find_planes`). "auto" looks how many there are.

@@ -194,7 +194,7 @@ def _is_constant(stack: Any) -> bool:
 
 
 def _readable(stack: Any) -> Any:
-    """A compressed file as an array, where there is room for it: its frames would be decoded again and again."""
+    """A file whose frames have to be decoded as an array, where there is room: each would be decoded many times."""
     if not isinstance(stack, TiffStack) or stack.layout.data_offsets is not None:
         return stack
     if stack.nbytes <= min(_CACHE_BYTES, psutil.virtual_memory().available // 4):

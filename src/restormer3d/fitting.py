@@ -167,7 +167,7 @@ def _say_plan(
 
 
 def _without_components(chosen: Settings, source: TrainingStack, say: Say) -> Settings:
-    """Leave out components, and what follows from them, where the stack has none that can be told from noise."""
+    """Leave out components where it is known before any plan that they can't be told from noise."""
     why = why_no_components(source) if chosen.inference.components else ""
     if not why:
         return chosen
@@ -179,7 +179,7 @@ def _as_memory_allows(chosen: Settings, shape: tuple[int, int, int], device: tor
     """Take the field as a whole where denoised tiles have nowhere to wait, and windows that a GPU's memory holds."""
     inference = chosen.inference
     needed = waiting_bytes(shape, inference)
-    if not has_room(needed):
+    if needed and not has_room(needed):
         say(
             f"the folder for temporary files has no room for {needed / 1e9:.1f} GB of denoised tiles and as much "
             "again: components see fewer frames at a time instead. TMPDIR=FOLDER names another one."

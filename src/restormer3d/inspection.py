@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from restormer3d.activity.tiles import tile_shape
+from restormer3d.activity.tiles import tile_places, tile_shape
 from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.artefacts.stimulus_light import unlit_frames
@@ -78,7 +78,10 @@ def describe(facts: dict[str, Any]) -> str:
     wide = " x ".join(str(2 * reach + 1) for reach in extent)
     seen = {axis: f"{noise['correlation'][axis][0]:.2f}" for axis in "xyt"}
     frames, height, width = facts["shape"]
-    window = " x ".join(map(str, window_size(tile_shape(facts["shape"], chosen.inference), chosen.inference)))
+    tile = tile_shape(facts["shape"], chosen.inference)
+    window = " x ".join(map(str, window_size(tile, chosen.inference)))
+    tiles = len(tile_places(facts["shape"], tile))
+    in_tiles = f"in {tiles} tiles of {tile[1]} x {tile[2]} pixels, " * (tiles > 1)
     rows = {
         "file": facts["file"],
         "stack": f"{frames} frames of {height} x {width}, {facts['dtype']}, axes {facts['axes']}",
@@ -103,7 +106,7 @@ def describe(facts: dict[str, Any]) -> str:
         "noise at lag 1": f"x {seen['x']}, y {seen['y']}, t {seen['t']} (correlation; 0 is white)",
         "blind spot": f"{wide} voxels (frames x rows x columns)" + " because neighbors are correlated" * any(extent),
         "denoise would": f"normalize to {' .. '.join(map(_shown, facts['normalization'].values()))}, run "
-        f"{training_plan(chosen)} in windows of {window} with "
+        f"{training_plan(chosen)} {in_tiles}in windows of {window} with "
         f"{chosen.inference.overlap_t:.0%} overlap, and write {facts['dtype']} of the same shape",
     }
     return "\n".join(f"{name:>15}: {text}" for name, text in rows.items() if text)

@@ -32,7 +32,7 @@ _SPARED = ("footprints", "courses", "components")
 _GRAPH_ITERATIONS = 8  # on CUDA the first ones run unrecorded, the next one is recorded (cuda_graph.py)
 _TIMED_SIDE = 64  # frames and pixels of the windows that are timed on a CPU, at most
 _VOXEL_BYTES = 200  # that the default network computes a voxel of a large window with on a CPU
-_FRAME_BYTES = 90_000  # that the network for courses computes a frame of a field of 48 of them with
+_FRAME_BYTES = 90_000  # of memory that the network for courses takes for each frame of a field of 48 courses
 _SAFETY = 0.9  # share of a time limit that is planned with; the rest is for what the calibration did not see
 # What the steps after the network take, relative to the network's time for a voxel: on two CPU cores, on recordings of
 # 96 to 256 pixels a side, rather too much than too little.
@@ -198,7 +198,7 @@ def _shorten(training: TrainingConfig, affordable: int) -> TrainingConfig:
 def estimate(
     chosen: Settings, shape: tuple[int, int, int], calibration: Calibration, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds and bytes that a denoising will take beside what Python and its libraries hold already."""
+    """Seconds and bytes that a denoising will take; on a CPU with what the process holds already."""
     iterations = chosen.training.warmup_iterations + chosen.training.iterations
     seconds = iterations * calibration.seconds_per_iteration
     seconds += _inference_seconds(shape, chosen.inference, calibration)
@@ -208,7 +208,7 @@ def estimate(
     held = 4 * window[0]
     if inference.components:  # the stack is denoised twice, and chunks of both are compared
         held = 2 * held + (7 + (inference.footprints or inference.courses)) * depth
-        held += depth * (tile != shape)  # a tile as it was recorded
+        held += depth * (tile != shape and depth == shape[0])  # a tile as it was recorded
     elif inference.static_image:
         held += 3 * depth
     buffers = 4 * held * math.prod(tile[1:])

@@ -135,10 +135,8 @@ def _say_part(shape: tuple[int, int, int], part: tuple[int, int, int], say: Say)
         count = len(tile_places(shape, part))
         say(f"components are taken from {count} tiles of {part[1]} x {part[2]} pixels one after the other")
     if part[0] < shape[0]:
-        say(
-            f"components are taken from {part[0]} frames at a time; more tell more, where memory allows: [inference] "
-            "chunk_voxels in a --config file"
-        )
+        more = "" if part[1:] != shape[1:] else "; [inference] chunk_voxels in a --config file lets them see more"
+        say(f"components are taken from {part[0]} frames at a time{more}")
 
 
 def _refined_tile(

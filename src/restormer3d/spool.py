@@ -61,7 +61,13 @@ def spooled(sequences: Iterable[Iterator[np.ndarray]]) -> Iterator[list[np.ndarr
 
 
 def decoded(stack: Any) -> np.ndarray:
-    """Read all frames of a stack (T, H, W) into a temporary file, of which memory holds what is in use."""
+    """Read all frames of a stack (T, H, W) into a temporary file, of which memory holds what is in use.
+
+    Raises
+    ------
+    OSError
+        If the temporary folder has no room; see :func:`has_room`.
+    """
     with ExitStack() as until_mapped:
         with _room():
             kept = until_mapped.enter_context(TemporaryFile())
@@ -70,13 +76,11 @@ def decoded(stack: Any) -> np.ndarray:
                 kept.write(np.ascontiguousarray(frame).data)
         with _room():
             kept.flush()
-        return np.memmap(kept, stack.dtype, "c", shape=stack.shape)  # an array like any other
+        return np.memmap(kept, stack.dtype, "c", shape=stack.shape)  # may be written to, the file stays as it is
 
 
 def has_room(size: int) -> bool:
-    """Whether so many bytes may wait: no more than half of what the temporary folder, which may be memory, has left."""
-    if size <= _IN_MEMORY:
-        return True
+    """Whether a file of so many bytes may wait: half of what the temporary folder, which may be memory, has left."""
     try:
         return size <= shutil.disk_usage(gettempdir()).free // 2
     except OSError:  # there is none

@@ -1,4 +1,4 @@
-"""Stacks that are made of another one when they are sliced: some of its frames, or its frames changed."""
+"""Stacks that are made of another one when they are sliced: some of its frames or pixels, or its frames changed."""
 
 from __future__ import annotations
 

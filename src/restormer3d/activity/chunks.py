@@ -11,19 +11,19 @@ from restormer3d.tiling import hann_weights, window_starts
 
 LEAST_FRAMES = 16
 """Frames of a chunk at least: fewer say nothing of what pixels do together."""
-CHUNK_OVERLAP = 0.25
-"""Share of the frames looked at together that the next ones are again, in a long stack."""
+
+_CHUNK_OVERLAP = 0.25  # share of the frames looked at together that the next ones are again, in a long stack
 _MOST_FRAMES = 2**14  # of a chunk: the network for courses needs memory for each, however small the field
 
 
-def chunk_frames(shape: tuple[int, int, int], most_voxels: int = 2**26) -> int:
+def chunk_frames(shape: tuple[int, int, int], most_voxels: int) -> int:
     """Frames of a stack of this shape that are looked at together: no more than `most_voxels`, but for the least."""
     return min(shape[0], _MOST_FRAMES, max(LEAST_FRAMES, most_voxels // (shape[1] * shape[2])))
 
 
 def count_chunks(frames: int, depth: int) -> int:
     """Chunks of `depth` frames that :func:`in_chunks` takes a stack of so many in."""
-    return len(window_starts(frames, depth, CHUNK_OVERLAP))
+    return len(window_starts(frames, depth, _CHUNK_OVERLAP))
 
 
 def in_chunks(
@@ -51,7 +51,7 @@ def in_chunks(
     numpy.ndarray
         Frames (H, W) float32, in order. Memory does not grow with the length of the stack.
     """
-    starts = window_starts(shape[0], depth, CHUNK_OVERLAP)
+    starts = window_starts(shape[0], depth, _CHUNK_OVERLAP)
     first = next(frames)
     frames = chain([first], frames)
     fields = [np.empty((depth, *shape[1:]), np.float32) for _ in first]

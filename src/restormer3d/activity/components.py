@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restormer3d.activity.chunks import chunk_frames, in_chunks
+from restormer3d.activity.chunks import in_chunks
 from restormer3d.activity.principal import leading_components
 from restormer3d.activity.smoothing import own_weights, smoothed
 from restormer3d.arithmetic import float64_device
@@ -64,7 +64,8 @@ class AddedNoise(ChangedStack):
     correlation : tuple of tuple of float
         Of a voxel's noise with its neighbors' along frames (not used), rows and columns, from lag 0 on.
     least_deviation : float
-        Of the noise of a pixel that other pixels are compared with; see `fields.least_deviation`.
+        What the deviation of a pixel's noise is taken to be at least: pixels that say they have none (masked ones)
+        would outweigh all others.
     """
 
     variance: np.ndarray
@@ -135,7 +136,7 @@ def refine_by_components(
     mean_image : MeanImage, optional
         What the mean of a chunk's frames becomes in the end; by default it stays as it was denoised.
     depth : int, optional
-        Frames of a chunk, as `chunks.chunk_frames` says by default.
+        Frames of a chunk; all by default.
 
     Returns
     -------
@@ -154,7 +155,7 @@ def refine_by_components(
     def refined(start: int, clear: np.ndarray, response: np.ndarray) -> np.ndarray:
         return _refined(clear, response, added, start, where, then, mean_image)
 
-    return in_chunks(pairs, added.shape, depth or chunk_frames(added.shape), refined)
+    return in_chunks(pairs, added.shape, depth or added.shape[0], refined)
 
 
 def _refined(

@@ -19,8 +19,9 @@ from restormer3d.tiling import window_starts
 Place = tuple[slice, slice]
 """Rows and columns of a tile."""
 
-_LEAST_SIDE = 64  # pixels: less than a field of footprints and courses
-# Frames for which tiles are made smaller; beyond, smaller ones cost more than more frames bring. All, if few more.
+_LEAST_SIDE = 64  # pixels: of a field of footprints and courses (`fields.SIDE`)
+# Tiles are made small enough for all frames, if there are few more than so many; else for so many: still smaller ones
+# would cost more than more frames bring.
 _ENOUGH_FRAMES, _FEW_MORE = 2**13, 1.5
 _OVERLAP = 16  # pixels of neighboring tiles, over which they are blended
 
@@ -39,10 +40,7 @@ def tile_shape(shape: tuple[int, int, int], config: InferenceConfig) -> tuple[in
 
 
 def _tile_size(shape: tuple[int, int, int], most_voxels: int) -> tuple[int, int]:
-    """Rows and columns of the whole field, or of tiles of which all frames, if not too many, are `most_voxels`.
-
-    All tiles are of the same size, and not smaller than their number asks for.
-    """
+    """The whole field, or rows and columns of equal tiles of which all frames, or enough, are `most_voxels` at most."""
     frames = shape[0] if shape[0] <= _FEW_MORE * _ENOUGH_FRAMES else _ENOUGH_FRAMES
     pixels = most_voxels // frames
     height, width = shape[1:]
@@ -86,12 +84,18 @@ def in_tiles(
     shape, part : tuple of int
         Of the stack, (T, H, W), and of what is looked at together, see :func:`part_shape`.
     denoise : function
-        From a tile's place, its number and how many there are to its frames (rows, columns) float32, in order.
+        Called with a tile's place, its number and the number of tiles; gives its frames (rows, columns) float32, in
+        order.
 
     Yields
     ------
     numpy.ndarray
         Frames (H, W) float32, in order; the first one once all tiles are done.
+
+    Raises
+    ------
+    OSError
+        If denoised tiles have nowhere to wait.
     """
     places = tile_places(shape, part)
     count = len(places)
