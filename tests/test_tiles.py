@@ -183,7 +183,7 @@ def test_many_tiles_need_one_file(monkeypatch):
     np.testing.assert_allclose(np.stack(frames), stack, rtol=1e-5, atol=1e-6)
 
 
-def test_without_room_for_them_frames_are_taken_together(noisy, monkeypatch, tmp_path):
+def test_without_room_for_them_frames_are_taken_together(noisy, monkeypatch):
     assert has_room(10_000)
     monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**6))

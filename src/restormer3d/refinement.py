@@ -77,22 +77,11 @@ def refined_frames(
         precision=precision,
     )
     config, stack = chosen.inference, source.stack
-    part = part_shape(stack.shape, config)
     added = _added_noise(source, noise, measured, say) if config.components else None
-    mean_of: Callable[[Place], MeanImage] | None = None
-    static = None
-    if config.static_image or config.footprints:
-        still = {"correlation": source.noise_correlation, "device": device}
-        still["network"] = small_network(ImageNetwork, chosen.networks)
-        count, mean = stack.shape[0], source.normalization.invert(source.mean)
-        static = denoise_mean(mean, noise, count, **still)
-        if images is not None and config.static_image:
-            images = np.stack([denoise_mean(image, noise, count // len(images), **still) for image in images])
-        if config.static_image:
-            variance = np.maximum(added.variance, added.least_deviation**2) if added else noise.variance(mean)
-            mean_of = partial(_mean_image, static, mean, variance, count, still)
+    static, images, mean_of = _static_images(source, noise, added, images, chosen, device)
     steps: dict[str, Callable[[Place], Step]] = {}
     if added is not None:
+        part = part_shape(stack.shape, config)
         _say_part(stack.shape, part, say)
         steps = _activity_steps(chosen, added, part[0], static, noise, float64_device(device), say)
         refined = partial(
@@ -118,6 +107,30 @@ def refined_frames(
     asked = networks_record(chosen)
     networks = {step: asked[step] if step in done else None for step in ("footprints", "courses", "static_image")}
     return frames, {"components": added is not None} | networks
+
+
+def _static_images(
+    source: TrainingStack,
+    noise: NoiseEstimate,
+    added: AddedNoise | None,
+    images: np.ndarray | None,
+    chosen: Settings,
+    device: torch.device,
+) -> tuple[np.ndarray | None, np.ndarray | None, Callable[[Place], MeanImage] | None]:
+    """Denoise the temporal mean and the images of planes, as far as asked for, and say what tiles' means become."""
+    config = chosen.inference
+    if not config.static_image and not config.footprints:
+        return None, images, None
+    still = {"correlation": source.noise_correlation, "device": device}
+    still["network"] = small_network(ImageNetwork, chosen.networks)
+    count, mean = source.stack.shape[0], source.normalization.invert(source.mean)
+    static = denoise_mean(mean, noise, count, **still)
+    if not config.static_image:
+        return static, images, None
+    if images is not None:
+        images = np.stack([denoise_mean(image, noise, count // len(images), **still) for image in images])
+    variance = np.maximum(added.variance, added.least_deviation**2) if added else noise.variance(mean)
+    return static, images, partial(_mean_image, static, mean, variance, count, still)
 
 
 def why_no_components(source: TrainingStack) -> str:

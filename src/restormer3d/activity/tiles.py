@@ -1,6 +1,6 @@
 """Tiles of the field: the part of a large one that is looked at together, so that memory holds all of its frames.
 
-What pixels do together is known the better the more frames there are of it, but is seldom wider than a cell.
+What pixels do together is known the better the more frames there are of it, and little of that needs the whole field.
 """
 
 from __future__ import annotations
