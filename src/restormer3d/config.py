@@ -200,6 +200,11 @@ class InferenceConfig(_Config):
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `artefacts.stimulus_light.stimulus_light`).
+    movement : {"none", "smooth", "all"}
+        Movement of the field that all of its parts share, which is taken back before anything is denoised, and put back
+        afterwards: "smooth" as far as the frames around a frame foretell it, "all" also what jitters from frame to frame
+        (see `artefacts.movement.field_movement`). Planes of the same activity, and light that strong noise came with,
+        leave it as it is.
     static_image : bool
         Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """
@@ -219,6 +224,7 @@ class InferenceConfig(_Config):
     planes: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     mend: bool = False
     stimulus_light: bool = False
+    movement: Literal["none", "smooth", "all"] = "none"
     static_image: bool = False
 
 
@@ -274,6 +280,7 @@ def recipe(name: Recipe, *, pretrained: bool) -> tuple[ModelConfig, TrainingConf
         planes="auto",
         mend=True,
         stimulus_light=True,
+        movement="smooth",
         static_image=True,
     )
     return model, tuned if pretrained else scratch, inference

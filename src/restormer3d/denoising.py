@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any, get_args
 
 import numpy as np
-import psutil
 import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device
+from restormer3d.artefacts import movement
+from restormer3d.artefacts.movement import Movement
 from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images
 from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
@@ -20,10 +21,8 @@ from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
-from restormer3d.spool import decoded, has_room, spooled
+from restormer3d.spool import held, spooled
 from restormer3d.stacks import Rounding, TiffStack, check_stack, finished_frames, too_coarse
-
-_CACHE_BYTES = 2**30  # a compressed stack up to this size is decoded into memory, a larger one into a file
 
 
 def array_and_record(
@@ -129,13 +128,44 @@ def _denoise_one(
     pretrained: Pretrained | None,
 ) -> Denoised:
     """Denoise a stack from which `light` (T, H) was taken; `images` as for :func:`fitting.by_network`."""
+    started = time.monotonic()
     if light is not None and images is None:
         stack = steadied(stack, light)
         if isinstance(stack, Steadied):
             say(f"noise of that light is strong in {len(stack.kept)} frames: they are drawn towards those around")
+    stack, moved = (stack, None) if images is not None else _moved_back(stack, chosen, say)
     if method != "restormer3d":
-        return by_filter(stack, images, chosen, method, progress, say)
-    return by_network(stack, unlit_frames(light), images, chosen, device, seconds, progress, say, pretrained)
+        denoised = by_filter(stack, images, chosen, method, progress, say)
+    else:
+        left = None if seconds is None else seconds - (time.monotonic() - started)
+        denoised = by_network(stack, unlit_frames(light), images, chosen, device, left, progress, say, pretrained)
+    record = denoised.record | {"movement": None if moved is None else moved.record()}
+    if moved is None or not moved.shifts.any():
+        return replace(denoised, record=record)
+    return replace(denoised, frames=movement.put_back(denoised.frames, moved.shifts), record=record)
+
+
+def _moved_back(stack: Any, chosen: Settings, say: Say) -> tuple[Any, Movement | None]:
+    """Take back how the field moves, as far as settings ask for that; what the movement is."""
+    asked = chosen.inference.movement
+    if asked == "none" or isinstance(stack, Steadied):
+        return stack, None
+    moved = movement.field_movement(stack, jitter=asked == "all")
+    if moved is None:
+        return stack, None
+    by = "the field moves by {:.2g} pixels along y and {:.2g} along x (standard deviations)".format(*moved.deviation)
+    if not moved.shifts.any():
+        say(
+            f"{by}, as frames around a frame do not foretell: it stays as it is. Denoising gains if such a recording is "
+            "registered before, or by --movement all"
+        )
+        return stack, moved
+    values = held(movement.MovedBack(stack, moved.shifts))
+    if values is None:
+        say(f"{by}, which is left as it is: the folder for temporary files has no room for frames that were moved")
+        return stack, replace(moved, shifts=np.zeros_like(moved.shifts))
+    say(f"{by}: frames are moved back before denoising and to where they were afterwards")
+    return values, moved
 
 
 def _plane_by_plane(
@@ -197,6 +227,5 @@ def _readable(stack: Any) -> Any:
     """A file whose frames have to be decoded as an array, where there is room: each would be decoded many times."""
     if not isinstance(stack, TiffStack) or stack.layout.data_offsets is not None:
         return stack
-    if stack.nbytes <= min(_CACHE_BYTES, psutil.virtual_memory().available // 4):
-        return stack[:]
-    return decoded(stack) if has_room(stack.nbytes) else stack
+    values = held(stack)
+    return stack if values is None else values

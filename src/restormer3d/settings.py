@@ -94,6 +94,7 @@ def settings(
     blind_spot: str | None = None,
     symmetries: int | None = None,
     planes: int | Literal["auto"] | None = None,
+    movement: Literal["none", "smooth", "all"] | None = None,
     sigma: tuple[float, float] | None = None,
     precision: Precision = "fp32",
     engine: Engine = "auto",
@@ -117,6 +118,8 @@ def settings(
         Replaces the recipe's.
     planes : int or "auto", optional
         Replaces the recipe's: how many planes or channels the stack shows in turns, frame by frame.
+    movement : {"none", "smooth", "all"}, optional
+        Replaces the recipe's: movement of the field that frames follow.
     sigma : tuple of float, optional
         Widths of the Gaussian filter in frames and pixels.
     precision, engine
@@ -158,6 +161,7 @@ def settings(
         overlap_xy=overlap,
         symmetries=symmetries,
         planes=planes,
+        movement=movement,
     )
     if source is None:
         model = _changed(model, file.get("model", {}))

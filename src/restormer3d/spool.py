@@ -9,10 +9,12 @@ from tempfile import SpooledTemporaryFile, TemporaryFile, gettempdir
 from typing import Any
 
 import numpy as np
+import psutil
 
 from restormer3d.views import each_frame
 
-_IN_MEMORY = 2**28  # bytes that wait there at most
+_IN_MEMORY = 2**28  # bytes that wait there at most,
+_HELD = 2**30  # and of a stack that is read again and again
 
 
 def spooled(sequences: Iterable[Iterator[np.ndarray]]) -> Iterator[list[np.ndarray]]:
@@ -58,6 +60,20 @@ def spooled(sequences: Iterable[Iterator[np.ndarray]]) -> Iterator[list[np.ndarr
         return np.frombuffer(kept.read(example.nbytes), example.dtype).reshape(example.shape).copy()
 
     return read()
+
+
+def held(stack: Any) -> np.ndarray | None:
+    """Read all frames of a stack (T, H, W) into memory, or into a temporary file if they are many; None without room.
+
+    Of more than 1 GB, or than a quarter of the memory that is free, that file holds them.
+    """
+    size = int(np.prod(stack.shape)) * np.dtype(stack.dtype).itemsize
+    if size > min(_HELD, psutil.virtual_memory().available // 4):
+        return decoded(stack) if has_room(size) else None
+    values = np.empty(stack.shape, stack.dtype)
+    for t, frame in each_frame(stack):
+        values[t] = frame
+    return values
 
 
 def decoded(stack: Any) -> np.ndarray:

@@ -51,6 +51,7 @@ def denoise(
     blind_spot: str | None = None,
     symmetries: int | None = None,
     planes: int | Literal["auto"] | None = None,
+    movement: Literal["none", "smooth", "all"] | None = None,
     device: str = "auto",
     engine: Engine = "auto",
     precision: Precision = "fp32",
@@ -71,7 +72,7 @@ def denoise(
     weights : path or "none", optional
         Where training starts: a weights file, or a folder as :func:`restormer3d.settings.settings` takes it. By default
         the weights in the package; with the published recipe "none", from scratch.
-    iterations, batch_size, patch, overlap, seed, blind_spot, symmetries, planes : optional
+    iterations, batch_size, patch, overlap, seed, blind_spot, symmetries, planes, movement : optional
         Replace the recipe's; see :func:`restormer3d.settings.settings`.
     device : {"auto", "cpu", "cuda", "mps"}
         Where to compute.
@@ -120,6 +121,7 @@ def denoise(
         blind_spot=blind_spot,
         symmetries=symmetries,
         planes=planes,
+        movement=movement,
         precision=precision,
         engine=engine,
     )

@@ -30,6 +30,7 @@ def denoise(
     blind_spot: str | None = None,
     symmetries: Literal[1, 4, 8] | None = None,
     planes: Literal["auto"] | int | None = None,
+    movement: Literal["none", "smooth", "all"] | None = None,
     sigma: Annotated[tuple[float, float] | None, Parameter(negative="")] = None,
     device: str = "auto",
     engine: Engine = "auto",
@@ -75,6 +76,10 @@ def denoise(
     planes
         Planes, or channels, that a stack shows in turns, frame by frame, are denoised apart; by default ("auto") it is
         found out how many there are, and 1 takes all frames as of one.
+    movement
+        Movement of the field that denoising follows, to put it back: by default what goes on over several frames
+        ("smooth"), "all" also what jitters from one frame to the next; "none" takes every pixel for the same tissue all
+        along.
     sigma
         Widths of the Gaussian filter in frames and pixels; by default chosen by held-out frames.
     device
@@ -124,6 +129,7 @@ def denoise(
             blind_spot=blind_spot,
             symmetries=symmetries,
             planes=planes,
+            movement=movement,
             sigma=sigma,
             precision=precision,
             engine=engine,
