@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device
-from restormer3d.artefacts import movement
-from restormer3d.artefacts.movement import Movement
+from restormer3d.artefacts.movement import Followed, follow_movement
 from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images
 from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
@@ -133,39 +132,18 @@ def _denoise_one(
         stack = steadied(stack, light)
         if isinstance(stack, Steadied):
             say(f"noise of that light is strong in {len(stack.kept)} frames: they are drawn towards those around")
-    stack, moved = (stack, None) if images is not None else _moved_back(stack, chosen, say)
+    asked = chosen.inference.movement
+    followed = Followed(stack, None)
+    if asked != "none" and images is None and not isinstance(stack, Steadied):
+        followed = follow_movement(stack, jitter=asked == "all", say=say)
+    stack = followed.stack
     if method != "restormer3d":
         denoised = by_filter(stack, images, chosen, method, progress, say)
     else:
         left = None if seconds is None else seconds - (time.monotonic() - started)
         denoised = by_network(stack, unlit_frames(light), images, chosen, device, left, progress, say, pretrained)
-    record = denoised.record | {"movement": None if moved is None else moved.record()}
-    if moved is None or not moved.shifts.any():
-        return replace(denoised, record=record)
-    return replace(denoised, frames=movement.put_back(denoised.frames, moved.shifts), record=record)
-
-
-def _moved_back(stack: Any, chosen: Settings, say: Say) -> tuple[Any, Movement | None]:
-    """Take back how the field moves, as far as settings ask for that; what the movement is."""
-    asked = chosen.inference.movement
-    if asked == "none" or isinstance(stack, Steadied):
-        return stack, None
-    moved = movement.field_movement(stack, jitter=asked == "all")
-    if moved is None:
-        return stack, None
-    by = "the field moves by {:.2g} pixels along y and {:.2g} along x (standard deviations)".format(*moved.deviation)
-    if not moved.shifts.any():
-        say(
-            f"{by}, as frames around a frame do not foretell: it stays as it is. Denoising gains if such a recording is "
-            "registered before, or by --movement all"
-        )
-        return stack, moved
-    values = held(movement.MovedBack(stack, moved.shifts))
-    if values is None:
-        say(f"{by}, which is left as it is: the folder for temporary files has no room for frames that were moved")
-        return stack, replace(moved, shifts=np.zeros_like(moved.shifts))
-    say(f"{by}: frames are moved back before denoising and to where they were afterwards")
-    return values, moved
+    record = denoised.record | {"movement": None if followed.movement is None else followed.movement.record()}
+    return replace(denoised, frames=followed.put_back(denoised.frames), record=record)
 
 
 def _plane_by_plane(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from restormer3d.activity.tiles import tile_places, tile_shape
+from restormer3d.artefacts.movement import field_movement
 from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.artefacts.set_aside import set_aside
-from restormer3d.artefacts.stimulus_light import unlit_frames
+from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
@@ -30,7 +31,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     dict
         File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
         dark or repeats, frames whose borders registration has filled, voxels that a cosmic ray has hit, frames lit by
-        a stimulus, noise (photon transfer, correlation) and blind spot.
+        a stimulus, how the field moves, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -45,6 +46,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         seen, lit = of_one_image(aside.stack, planes), light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
+        followed = planes is None or not planes.shared
+        if lit is not None:
+            followed &= not isinstance(steadied(seen, lit), Steadied)
+        moving = field_movement(seen, jitter=False) if followed else None
         noise = estimate_noise(seen, frames=unlit_frames(lit))
         range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
@@ -65,6 +70,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "filled_borders": aside.record["filled_borders"],
             "spikes": aside.record["spikes"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
+            "movement": None if moving is None else moving.record(),
             "noise": asdict(noise) | {"offset": noise.offset + level},
             "blind_spot": blind_spot_extent(noise),
         }
@@ -97,6 +103,7 @@ def describe(facts: dict[str, Any]) -> str:
         * bool(facts["filled_borders"]),
         "spikes": f"{facts['spikes']} voxels are as if hit by a cosmic ray: they are replaced" * bool(facts["spikes"]),
         "planes": _planes_in_words(facts["planes"]),
+        "movement": _movement_in_words(facts["movement"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
         "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); "
         f"offset {_shown(noise['offset'])}",
@@ -115,6 +122,13 @@ def describe(facts: dict[str, Any]) -> str:
 def _shown(intensity: float) -> str:
     """All digits before the point: of large ones the last may be the signal."""
     return f"{intensity:.{10 if abs(intensity) >= 1e5 else 5}g}"
+
+
+def _movement_in_words(movement: dict[str, Any] | None) -> str:
+    if movement is None:
+        return ""
+    followed = "frames follow it" if any(movement["followed_up_to"]) else "jitter that no frame around foretells"
+    return "{:.2g} pixels along y, {:.2g} along x (standard deviation): ".format(*movement["deviation"]) + followed
 
 
 def _planes_in_words(planes: dict[str, Any] | None) -> str:

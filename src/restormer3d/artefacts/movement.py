@@ -9,37 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d, shift
+from scipy.ndimage import convolve1d, gaussian_filter1d
 
+from restormer3d.artefacts.displacement import (
+    AT_REST,
+    Images,
+    Parts,
+    field_finder,
+    measured_by_parts,
+    moved_frame,
+    small_frames,
+    stands_alone,
+)
+from restormer3d.progress import Say, silent
+from restormer3d.spool import held
 from restormer3d.threads import thread_count
-from restormer3d.views import ChangedStack, SomeFrames
+from restormer3d.views import ChangedStack
 
 _LEAST_FRAMES = 16
 _LEAST_SIDE = 32  # pixels of a field whose movement can be told
 _SIDE = 256  # pixels of a field that movement is measured on; larger ones are binned
-_COARSE_SIDE = 96  # to find whole pixels
-_REACH = 10  # the field is looked for within a tenth of it
 _SAMPLE = 512  # frames that the image is made of, at most
-_AT_ONCE = 32  # frames that are read at once
-_ROUNDS = 3  # of finding whole pixels, each time by a sharper image
 _PASSES = 4  # of measuring what is left of the movement
-_PARTS = 4  # of the field along y and along x, each of which tells of the movement by itself
-_TAIL = 1.5  # large movements are rare: as this power of a Cauchy distribution one (binned) pixel wide
-_BAND = (0.7, 5.0)  # pixels of Gaussian filters, between which the image tells of movement
-_STEEP = 0.995  # quantile of slopes, above which they count less: single pixels of a detector do not move
 _WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # frames of Gaussian filters along time
 _SURE = 4.0  # standard errors of the variance that parts of the field share
 _LEAST = 0.1  # pixels of movement worth following, as a standard deviation
 _GOES_ON = 0.3  # share of its variance that frames around foretell, from which on movement is followed as a whole,
 _FORESEEN = 0.1  # and from which on as far as they do
+_MIRRORED = 2.0  # frames, as many as what is on the other side of the border counts for
 _SPECTRAL_WIDTH = 4.0  # frequencies of Gaussian filters over spectra
-_AT_REST = 0.02  # pixels, below which a frame stays as it is
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Movement:
 class MovedBack(ChangedStack):
     """A stack (T, H, W) whose frames are moved to where the field is on average, to be read whole frames at a time.
 
-    Beyond the border frames go on as in a mirror.
+    What differs from the static image is moved; beyond the border it goes on as in a mirror.
 
     Parameters
     ----------
@@ -75,13 +78,77 @@ class MovedBack(ChangedStack):
         As recorded.
     shifts : numpy.ndarray
         Rows and columns by which each frame is displaced, (T, 2).
+    image : numpy.ndarray
+        What stands still, and of the tissue beyond the border what frames show that are displaced, as
+        :func:`static_image` finds it.
     """
 
     shifts: np.ndarray
+    image: np.ndarray
 
     def __getitem__(self, frames: slice) -> np.ndarray:
         """Read `moved[a:b]`."""
-        return _moved(np.asarray(self.stack[frames], self.dtype), -self.shifts[frames])
+        recorded = np.asarray(self.stack[frames], self.dtype)
+        with ThreadPoolExecutor(thread_count()) as pool:
+            return np.stack(list(pool.map(self._moved_back, recorded, self.shifts[frames])))
+
+    def _moved_back(self, frame: np.ndarray, by: np.ndarray) -> np.ndarray:
+        if np.abs(by).max() < AT_REST:
+            return frame
+        inside = _inside(self.image.shape, frame.shape)
+        apart = moved_frame(frame - moved_frame(self.image, by)[inside], -by)
+        return (apart + self.image[inside]).astype(frame.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A stack as far as its movement was taken back.
+
+    Attributes
+    ----------
+    stack : stack of shape (T, H, W)
+        Moved frames, or those that were recorded.
+    movement : Movement or None
+        How the field moves, if it does.
+    image : numpy.ndarray or None
+        As :func:`static_image` finds it, if frames were moved.
+    """
+
+    stack: Any
+    movement: Movement | None
+    image: np.ndarray | None = None
+
+    def put_back(self, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Move denoised frames (H, W) to where they were, as they come."""
+        if self.movement is None or self.image is None:
+            return frames
+        return put_back(frames, self.movement.shifts, self.image)
+
+
+def follow_movement(stack: Any, *, jitter: bool, say: Say = silent) -> Followed:
+    """Move frames back to where the field is on average, if it moves, and say what was found.
+
+    Arguments as for :func:`field_movement`. Moved frames wait in memory, or in a temporary file if they are many; where
+    that has no room, all stays as it is.
+    """
+    movement = field_movement(stack, jitter=jitter)
+    if movement is None:
+        return Followed(stack, None)
+    down, along = movement.deviation
+    moves = f"the field moves by {down:.2g} pixels along y and {along:.2g} along x (standard deviations)"
+    if not movement.shifts.any():
+        say(
+            f"{moves}, which no frame around foretells: it stays as it is. Denoising gains if such a recording is "
+            "registered before, or by --movement all"
+        )
+        return Followed(stack, movement)
+    image = static_image(stack, movement.shifts)
+    values = held(MovedBack(stack, movement.shifts, image))
+    if values is None:
+        say(f"{moves}, which is left as it is: the folder for temporary files has no room for moved frames")
+        return Followed(stack, replace(movement, shifts=np.zeros_like(movement.shifts)))
+    say(f"{moves}: frames are moved back before denoising, and denoised ones to where they were")
+    return Followed(values, movement, image)
 
 
 def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
@@ -109,184 +176,96 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
         return None
     bins = -(-max(sides) // _SIDE)
     some = np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int))
-    places = _field_finder(stack, some)
+    groups = np.random.default_rng(0).permutation(frames) % 2
+    places = field_finder(stack, some, groups)
     shifts = np.zeros((frames, 2))
     shifts[some] = np.rint(places(some) / bins)
     level = np.rint(np.median(shifts[some], axis=0))
     shifts[some] -= level
-    image, variance = _image(_seen(stack, bins, some, shifts))
+    images = Images(groups)
+    moves = np.zeros([side // bins for side in sides], bool)
+    total = np.zeros(moves.shape)
+    for block, numbers in small_frames(stack, bins, some, np.zeros_like(shifts)):
+        moves |= (block != block[0]).any(0)
+        total += block.sum(0, dtype=np.float64)
+        images.add(np.stack([moved_frame(x, -by) for x, by in zip(block, shifts[numbers], strict=True)]), numbers)
+    moves &= ~stands_alone(total)
+    everything, looked_at = np.arange(frames), some
     for number in range(_PASSES):
-        looked_at = some
         if number == _PASSES // 2 and len(some) < frames:
-            others = np.setdiff1d(np.arange(frames), some)
+            others, looked_at = np.setdiff1d(everything, some), everything
             shifts[others] = np.rint(places(others) / bins) - level
-        if number >= _PASSES // 2:
-            looked_at = np.arange(frames)
-        parts, image, variance = _regression(stack, bins, looked_at, shifts, image, variance)
-        shifts[looked_at] = np.stack([_course(parts, axis, jitter=True) for axis in (0, 1)], axis=1)
-        if not shifts.any():
+        parts, images = measured_by_parts(stack, bins, looked_at, shifts, images, moves)
+        shifts[looked_at] = _courses(parts, jitter=True)
+        if not shifts[looked_at].any():
             return None
+        if not jitter and number and len(looked_at) == frames and not _courses(parts, jitter=False).any():
+            break
     if not jitter:
-        shifts = np.stack([_course(parts, axis, jitter=False) for axis in (0, 1)], axis=1)
+        shifts = _courses(parts, jitter=False)
     y, x = (bins * float(np.sqrt(max(0.0, _product(*parts.halves(axis))))) for axis in (0, 1))
     return Movement(bins * shifts, (y, x))
 
 
-def put_back(frames: Iterator[np.ndarray], shifts: np.ndarray) -> Iterator[np.ndarray]:
-    """Move denoised frames (H, W) to where they were, by rows and columns (T, 2), as they come."""
+def static_image(stack: Any, shifts: np.ndarray) -> np.ndarray:
+    """Mean of the frames of a stack, moved back by shifts (T, 2), and of what some of them show beyond the border.
+
+    Returns
+    -------
+    numpy.ndarray
+        The field and as many rows and columns around it as it is displaced by at most, (H + 2 m, W + 2 m), float32.
+        Where few frames see anything, it is drawn to what is on the other side of the border.
+    """
+    frames, height, width = stack.shape
+    margin = int(np.ceil(np.abs(shifts).max()))
+    total = np.zeros((height + 2 * margin, width + 2 * margin))
+    count = np.zeros_like(total)
+    places = [np.arange(side) - margin for side in total.shape]
+    for t in np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int)):
+        frame = np.pad(np.asarray(stack[int(t)], np.float64), margin, "reflect")
+        rows, columns = (
+            (place + by >= 0) & (place + by <= side - 1)
+            for place, by, side in zip(places, shifts[t], (height, width), strict=True)
+        )
+        seen = rows[:, None] & columns
+        total += np.where(seen, moved_frame(frame, -shifts[t]), 0)
+        count += seen
+    inside = _inside(total.shape, (height, width))
+    mirrored = np.pad((total / np.maximum(count, 1))[inside], margin, "reflect")
+    return ((total + _MIRRORED * mirrored) / (count + _MIRRORED)).astype(np.float32)
+
+
+def put_back(frames: Iterator[np.ndarray], shifts: np.ndarray, image: np.ndarray) -> Iterator[np.ndarray]:
+    """Move denoised frames (H, W) to where they were, by rows and columns (T, 2), as they come.
+
+    Beyond the border, `image` shows what stands still there, see :func:`static_image`.
+    """
+    beyond: Any = None
     for frame, by in zip(frames, shifts, strict=True):
-        yield _moved_frame(frame, by)
+        if np.abs(by).max() < AT_REST:
+            yield frame
+            continue
+        inside = _inside(image.shape, frame.shape)
+        margin = inside[0].start
+        if beyond is None:
+            beyond = image - np.pad(image[inside], margin, "reflect")
+        yield moved_frame(np.pad(frame, margin, "reflect") + beyond, by)[inside]
 
 
-def _moved_frame(frame: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Move a frame (H, W) by rows and columns, by cubic splines."""
-    if np.abs(by).max() < _AT_REST:
-        return frame
-    return shift(frame, by, output=np.result_type(frame, np.float32), order=3, mode="mirror")
+def _inside(larger: tuple[int, ...], field: tuple[int, ...]) -> tuple[slice, slice]:
+    """Where a field lies in an image with a margin around it."""
+    y, x = (slice((outer - inner) // 2, (outer + inner) // 2) for outer, inner in zip(larger, field, strict=True))
+    return y, x
 
 
-def _moved(frames: np.ndarray, by: np.ndarray) -> np.ndarray:
-    with ThreadPoolExecutor(thread_count()) as pool:
-        return np.stack(list(pool.map(_moved_frame, frames, by)))
+def _courses(parts: Parts, *, jitter: bool) -> np.ndarray:
+    return np.stack([_course(parts, axis, jitter=jitter) for axis in (0, 1)], axis=1)
 
 
-def _small_frame(frame: np.ndarray, bins: int, by: np.ndarray) -> np.ndarray:
-    """Mean of squares of `bins` pixels of a frame (H, W), moved by rows and columns of them, float32."""
-    height, width = (side // bins * bins for side in frame.shape)
-    pixels = [frame[y:height:bins, x:width:bins].astype(np.float32) for y, x in product(range(bins), repeat=2)]
-    return _moved_frame(np.sum(pixels, axis=0) / bins**2, by)
-
-
-def _seen(stack: Any, bins: int, numbers: np.ndarray, shifts: np.ndarray) -> Iterator[np.ndarray]:
-    """Some frames of a stack, binned and moved back by shifts of binned pixels (T, 2), a few at a time."""
-    with ThreadPoolExecutor(thread_count()) as pool:
-        for start in range(0, len(numbers), _AT_ONCE):
-            some = numbers[start : start + _AT_ONCE]
-            frames = SomeFrames(stack, some)[:] if some[-1] - some[0] < 2 * _AT_ONCE else (stack[int(t)] for t in some)
-            yield np.stack(list(pool.map(lambda frame, by: _small_frame(frame, bins, -by), frames, shifts[some])))
-
-
-def _image(blocks: Iterator[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance along time of frames that come in blocks (n, h, w), each (h, w)."""
-    total, squares, level, count = 0.0, 0.0, None, 0
-    for block in blocks:
-        level = block[0].astype(np.float64) if level is None else level
-        apart = block - level
-        total, squares, count = total + apart.sum(0), squares + np.square(apart).sum(0), count + len(block)
-    return level + total / count, squares / count - (total / count) ** 2
-
-
-def _field_finder(stack: Any, some: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Function from numbers of frames to where they show the field, to about a pixel: (n, 2) in pixels of the stack.
-
-    It is found by the image of some frames.
-    """
-    bins = -(-max(stack.shape[1:]) // _COARSE_SIDE)
-    still = np.zeros((stack.shape[0], 2))
-    frames = np.concatenate(list(_seen(stack, bins, some, still)))
-    height, width = frames.shape[1:]
-    reach = max(3, min(height, width) // _REACH)
-    lags = np.array(list(product(range(-reach, reach + 1), repeat=2)))
-    inside = slice(reach, height - reach), slice(reach, width - reach)
-    rare = _TAIL * np.log1p(np.square(lags).sum(1))
-    noise = max(float(np.median(frames.var(0))), 1e-30)
-    level = frames.mean()
-
-    def places(frames: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Where in frames the image is most likely, given the noise."""
-        detail = gaussian_filter(image, _BAND[0]) - gaussian_filter(image, _BAND[1])
-        moved = np.stack([np.roll(detail, lag, (0, 1))[inside].ravel() for lag in lags]).astype(np.float32)
-        fit = (frames - level)[:, *inside].reshape(len(frames), -1) @ moved.T - np.square(moved).sum(1) / 2
-        found = lags[(fit / noise - rare).argmax(1)]
-        found[np.abs(found).max(1) == reach] = 0  # it may be anywhere
-        return found
-
-    shifts = np.zeros((len(frames), 2), int)
-    image = frames.mean(0)
-    for _ in range(_ROUNDS - 1):
-        shifts = places(frames, image)
-        image = np.mean([np.roll(frame, -by, (0, 1)) for frame, by in zip(frames, shifts, strict=True)], axis=0)
-    return lambda numbers: bins * np.concatenate([places(block, image) for block in _seen(stack, bins, numbers, still)])
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What parts of the field tell of its displacement in each frame.
-
-    `information` (parts, 2, 2) is the inverse of the displacements' covariance, `weighted` (parts, frames, 2) it times
-    displacements from `base` (frames, 2), from which the frames had been moved back.
-    """
-
-    information: np.ndarray
-    weighted: np.ndarray
-    base: np.ndarray
-
-    def displacement(self, chosen: np.ndarray, axis: int) -> np.ndarray:
-        """Along an axis, less its mean over frames, as some parts (a mask) have it together, (frames,)."""
-        covariance = np.linalg.pinv(self.information[chosen].sum(0))
-        course = self.base[:, axis] + self.weighted[chosen].sum(0) @ covariance[axis]
-        return course - course.mean()
-
-    def halves(self, axis: int, without: int = -1) -> tuple[np.ndarray, np.ndarray]:
-        """Displacements by one half of the parts and by the other, (ways of halving, frames) each; by all but one."""
-        y, x = np.divmod(np.arange(_PARTS**2), _PARTS)
-        others = np.arange(_PARTS**2) != without
-        ways = [(a + b) % 2 == 0 for a, b in product((0 * y, y, y // 2), (0 * x, x, x // 2))][1:]
-        by_half = [[self.displacement(half & others, axis) for half in halves] for halves in (ways, [~w for w in ways])]
-        return np.array(by_half[0]), np.array(by_half[1])
-
-
-def _regression(
-    stack: Any, bins: int, numbers: np.ndarray, shifts: np.ndarray, image: np.ndarray, variance: np.ndarray
-) -> tuple[_Parts, np.ndarray, np.ndarray]:
-    """What parts of some frames, moved back by shifts (T, 2), tell of what is left; and a new image and variance."""
-    height, width = image.shape
-    margin = min(int(np.ceil(np.abs(shifts[numbers]).max())) + 1, min(height, width) // 5)
-    smooth = gaussian_filter(image, 1.0)
-    steepness = np.square(np.gradient(smooth)).sum(0)
-    spread = gaussian_filter(variance, 1.0)
-    weights = np.minimum(1, np.quantile(steepness, _STEEP) / np.maximum(steepness, 1e-30))
-    weights /= np.maximum(spread, max(0.1 * float(np.median(spread)), 1e-30))
-    edges = [np.linspace(margin, side - margin, _PARTS + 1).astype(int) for side in (height, width)]
-    rows, columns = ([slice(*pair) for pair in zip(edge, edge[1:], strict=False)] for edge in edges)
-    places = list(product(rows, columns))
-    # Displacement, brightness and level: by the image as it is, and smoothed, where noise has little part in slopes.
-    patterns = _patterns(image, places)
-    weighted = [pattern * weights[p].ravel() for pattern, p in zip(_patterns(smooth, places), places, strict=True)]
-    products: list[list[np.ndarray]] = [[] for _ in places]
-
-    def looked_at() -> Iterator[np.ndarray]:
-        for block in _seen(stack, bins, numbers, shifts):
-            apart = block - image
-            for place, pattern, each in zip(places, weighted, products, strict=True):
-                each.append(apart[:, *place].reshape(len(block), -1) @ pattern.T)
-            yield block
-
-    new_image, new_variance = _image(looked_at())
-    information, pulls = [], []
-    for pattern, with_weights, each in zip(patterns, weighted, products, strict=True):
-        square = with_weights @ pattern.T
-        # What brightness and level explain tells nothing of displacement.
-        explained = square[:2, 2:] @ np.linalg.pinv(square[2:, 2:])
-        information.append(square[:2, :2] - explained @ square[2:, :2])
-        product_of_all = np.concatenate(each)
-        pulls.append(product_of_all[:, :2] - product_of_all[:, 2:] @ explained.T)
-    return _Parts(np.array(information), np.array(pulls), shifts[numbers].copy()), new_image, new_variance
-
-
-def _patterns(image: np.ndarray, places: list[tuple[slice, slice]]) -> list[np.ndarray]:
-    """What an image (h, w) changes by in parts of it: displaced along y and x, brighter, lifted; each (4, pixels)."""
-    slopes = -np.stack(np.gradient(image))
-    return [
-        np.stack([*slopes[:, *p].reshape(2, -1), (image[p] - image[p].mean()).ravel(), np.ones(image[p].size)])
-        for p in places
-    ]
-
-
-def _course(parts: _Parts, axis: int, *, jitter: bool) -> np.ndarray:
+def _course(parts: Parts, axis: int, *, jitter: bool) -> np.ndarray:
     """Displacements along an axis that are worth following (frames,): zero if none are."""
     halves = parts.halves(axis)
-    whole = parts.displacement(np.ones(_PARTS**2, bool), axis)
+    whole = parts.displacement(np.ones(len(parts.information), bool), axis)
     told = {width: _told(*halves, width) for width in _WIDTHS}
     width = max(told, key=lambda each: told[each])
     smooth = partial(_estimated, gain=_signal_share(whole, *halves))
@@ -344,10 +323,10 @@ def _told(first: np.ndarray, second: np.ndarray, width: float) -> float:
     return float(np.mean(gains))
 
 
-def _is_sure(parts: _Parts, axis: int, smooth: Callable[[np.ndarray], np.ndarray]) -> bool:
+def _is_sure(parts: Parts, axis: int, smooth: Callable[[np.ndarray], np.ndarray]) -> bool:
     """Whether parts share a movement that is worth following, whichever of them is left out."""
     variance = _product(*map(smooth, parts.halves(axis)))
-    count = _PARTS**2
+    count = len(parts.information)
     without = np.array([_product(*map(smooth, parts.halves(axis, each))) for each in range(count)])
     error = np.sqrt((count - 1) / count * np.square(without - without.mean()).sum())
     return variance > max(_LEAST**2, _SURE * error)

@@ -1,0 +1,252 @@
+"""By how much frames show the field displaced, as its parts tell: whole pixels by correlation, fractions by regression.
+
+A frame is compared with the mean of others that were moved back already, so that its own noise does not hold it where
+it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import binary_erosion, gaussian_filter, maximum_filter, median_filter, shift
+
+from restormer3d.threads import thread_count
+from restormer3d.views import SomeFrames
+
+AT_REST = 0.02
+"""Pixels, below which a frame stays as it is."""
+
+_COARSE_SIDE = 96  # pixels of a binned field, in which whole pixels are found
+_REACH = 10  # the field is looked for within a tenth of it
+_AT_ONCE = 32  # frames that are read at once
+_ROUNDS = 3  # of finding whole pixels, each time by a sharper image
+_PARTS = 4  # of the field along y and along x, each of which tells of the movement by itself
+_TAIL = 1.5  # large movements are rare: as this power of a Cauchy distribution one (binned) pixel wide
+_BAND = (0.7, 5.0)  # pixels of Gaussian filters, between which the image tells of movement
+_NEAR_EDGES = 3  # pixels around those that never change, which do not count, and as many as the field moves by
+_DIMMEST = 0.2  # of the image's brightness, that a frame may have
+_STEEP = 0.995  # quantile of slopes, above which they count less
+_ALONE = 12.0  # median deviations by which a pixel of a detector, which does not move, differs from those around,
+_ALONE_BESIDE = 3.0  # and how many times as much as the four beside it
+_BESIDE = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], bool)
+
+
+def moved_frame(frame: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Move a frame (H, W) by rows and columns, by cubic splines; beyond its border it goes on as in a mirror."""
+    if np.abs(by).max() < AT_REST:
+        return frame
+    return shift(frame, by, output=np.result_type(frame, np.float32), order=3, mode="mirror")
+
+
+def _small_frame(frame: np.ndarray, bins: int, by: np.ndarray) -> np.ndarray:
+    """Mean of squares of `bins` pixels of a frame (H, W), moved by rows and columns of them, float32."""
+    height, width = (side // bins * bins for side in frame.shape)
+    pixels = [frame[y:height:bins, x:width:bins].astype(np.float32) for y, x in product(range(bins), repeat=2)]
+    return moved_frame(np.sum(pixels, axis=0) / bins**2, by)
+
+
+def small_frames(
+    stack: Any, bins: int, numbers: np.ndarray, shifts: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some frames of a stack and their numbers, binned and moved back by binned pixels (T, 2), a few at a time."""
+    with ThreadPoolExecutor(thread_count()) as pool:
+        for start in range(0, len(numbers), _AT_ONCE):
+            some = numbers[start : start + _AT_ONCE]
+            frames = SomeFrames(stack, some)[:] if some[-1] - some[0] < 2 * _AT_ONCE else (stack[int(t)] for t in some)
+            small = pool.map(lambda frame, by: _small_frame(frame, bins, -by), frames, shifts[some])
+            yield np.stack(list(small)), some
+
+
+class Images:
+    """Mean along time of two groups of frames each, and the variance of all, from frames that come in blocks.
+
+    A frame is compared with the image of the other group: in that of its own its noise would hold it where it is.
+    """
+
+    def __init__(self, groups: np.ndarray):
+        self.groups = groups  # of each frame of the stack, 0 or 1
+        self.counts = np.zeros(2, int)
+        self.level: Any = None
+        self.totals: Any = 0.0  # (2, h, w)
+        self.squares: Any = 0.0
+
+    def add(self, block: np.ndarray, numbers: np.ndarray) -> None:
+        """Add frames (n, h, w)."""
+        if self.level is None:
+            self.level = block[0].astype(np.float64)
+        apart = block - self.level
+        mine = np.eye(2)[self.groups[numbers]]  # (n, 2)
+        self.totals = self.totals + np.tensordot(mine, apart, axes=(0, 0))
+        self.squares = self.squares + np.square(apart).sum(0)
+        self.counts += mine.sum(0).astype(int)
+
+    def means(self) -> np.ndarray:
+        """Of the groups, (2, h, w)."""
+        return self.level + self.totals / self.counts[:, None, None]
+
+    def variance(self) -> np.ndarray:
+        """Of all frames, (h, w)."""
+        return self.squares / self.counts.sum() - np.square(self.totals.sum(0) / self.counts.sum())
+
+
+def field_finder(stack: Any, some: np.ndarray, groups: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Function from numbers of frames to where they show the field, to about a pixel: (n, 2) in pixels of the stack.
+
+    It is found by the image of some frames, of those in the other group (T,).
+    """
+    bins = -(-max(stack.shape[1:]) // _COARSE_SIDE)
+    still = np.zeros((stack.shape[0], 2))
+    frames = np.concatenate([block for block, _ in small_frames(stack, bins, some, still)])
+    height, width = frames.shape[1:]
+    reach = max(3, min(height, width) // _REACH)
+    lags = np.array(list(product(range(-reach, reach + 1), repeat=2)))
+    inside = slice(reach, height - reach), slice(reach, width - reach)
+    rare = _TAIL * np.log1p(np.square(lags).sum(1))
+    noise = max(float(np.median(frames.var(0))), 1e-30)
+    level = frames.mean()
+
+    def places(frames: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Where in frames the image is most likely, given the noise."""
+        detail = gaussian_filter(image, _BAND[0]) - gaussian_filter(image, _BAND[1])
+        moved = np.stack([np.roll(detail, lag, (0, 1))[inside].ravel() for lag in lags]).astype(np.float32)
+        alike = (frames - level)[:, *inside].reshape(len(frames), -1) @ moved.T
+        fit = np.square(np.maximum(alike, 0)) / np.maximum(2 * np.square(moved).sum(1), 1e-30)  # as bright as fits best
+        found = lags[(fit / noise - rare).argmax(1)]
+        found[np.abs(found).max(1) == reach] = 0  # it may be anywhere
+        return found
+
+    def by_other_group(frames: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(frames), 2), int)
+        for group in np.unique(groups[numbers]):
+            mine = groups[numbers] == group
+            found[mine] = places(frames[mine], images[1 - group])
+        return found
+
+    back = frames
+    for number in range(_ROUNDS):
+        images = [_without_alone(back[groups[some] == group].mean(0)) for group in (0, 1)]
+        if number < _ROUNDS - 1:
+            shifts = by_other_group(frames, some)
+            back = np.stack([np.roll(frame, -by, (0, 1)) for frame, by in zip(frames, shifts, strict=True)])
+    del frames, back
+    def found(numbers: np.ndarray) -> np.ndarray:
+        return bins * np.concatenate([by_other_group(*seen) for seen in small_frames(stack, bins, numbers, still)])
+
+    return found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What parts of the field tell of its displacement in each frame.
+
+    `information` (parts, 2, 2) is the inverse of the displacements' covariance, `weighted` (parts, frames, 2) it times
+    displacements from `base` (frames, 2), from which the frames had been moved back.
+    """
+
+    information: np.ndarray
+    weighted: np.ndarray
+    base: np.ndarray
+
+    def displacement(self, chosen: np.ndarray, axis: int) -> np.ndarray:
+        """Along an axis, less its mean over frames, as some parts (a mask) have it together, (frames,)."""
+        covariance = np.linalg.pinv(self.information[chosen].sum(0))
+        course = self.base[:, axis] + self.weighted[chosen].sum(0) @ covariance[axis]
+        return course - course.mean()
+
+    def halves(self, axis: int, without: int = -1) -> tuple[np.ndarray, np.ndarray]:
+        """Displacements by one half of the parts and by the other, (ways of halving, frames) each; by all but one."""
+        y, x = np.divmod(np.arange(_PARTS**2), _PARTS)
+        others = np.arange(_PARTS**2) != without
+        ways = [(a + b) % 2 == 0 for a, b in product((0 * y, y, y // 2), (0 * x, x, x // 2))][1:]
+        by_half = [[self.displacement(half & others, axis) for half in halves] for halves in (ways, [~w for w in ways])]
+        return np.array(by_half[0]), np.array(by_half[1])
+
+
+def measured_by_parts(
+    stack: Any, bins: int, numbers: np.ndarray, shifts: np.ndarray, images: Images, moves: np.ndarray
+) -> tuple[Parts, Images]:
+    """What parts of some frames, moved back by shifts (T, 2), tell of what is left; and new images of these frames.
+
+    Only pixels that may move (h, w) count, and only if all around may: the edge of a mask does not.
+    """
+    means = images.means()  # (2, h, w)
+    height, width = means.shape[1:]
+    margin = min(int(np.ceil(np.abs(shifts[numbers]).max())) + 1, min(height, width) // 5)
+    edges = [np.linspace(margin, side - margin, _PARTS + 1).astype(int) for side in (height, width)]
+    rows, columns = ([slice(*pair) for pair in pairwise(edge)] for edge in edges)
+    places = list(product(rows, columns))
+    smooth = [gaussian_filter(mean, 1.0) for mean in means]
+    counted = binary_erosion(moves, iterations=margin + _NEAR_EDGES, border_value=1)
+    weights = counted * _weights(np.mean(smooth, axis=0), images.variance())
+    patterns = [_patterns(mean, places) for mean in means]
+    # Slopes of the other group's image, whose noise is another: what noise they have in common would count as image.
+    looked_for = [
+        [pattern * weights[place].ravel() for pattern, place in zip(_patterns(image, places), places, strict=True)]
+        for image in smooth
+    ]
+    products = np.empty((len(places), len(numbers), 4))
+    between = np.empty((len(places), 4))  # of the image of group 1 and that of group 0
+    square = np.empty((len(places), 4, 4))
+    new, done = Images(images.groups), 0
+    for block, some in small_frames(stack, bins, numbers, shifts):
+        new.add(block, some)
+        other = 1 - images.groups[some]
+        apart = block - means[other]
+        for number, place in enumerate(places):
+            by_both = apart[:, *place].reshape(len(block), -1) @ np.concatenate([each[number] for each in looked_for]).T
+            products[number, done : done + len(block)] = by_both.reshape(-1, 2, 4)[np.arange(len(block)), other]
+        done += len(block)
+    for number, place in enumerate(places):
+        square[number] = sum(looked_for[group][number] @ patterns[1 - group][number].T for group in (0, 1)) / 2
+        between[number] = sum(each[number] for each in looked_for) / 2 @ (means[1] - means[0])[place].ravel()
+    # What brightness and level explain tells nothing of displacement.
+    explained = square[:, :2, 2:] @ np.linalg.pinv(square[:, 2:, 2:])
+    information = square[:, :2, :2] - explained @ square[:, 2:, :2]
+    pulls = products[..., :2] - np.einsum("pij,pnj->pni", explained, products[..., 2:])
+    apart_by = between[:, :2] - np.einsum("pij,pj->pi", explained, between[:, 2:])
+    # Frames of group 1 were compared with the image of group 0 and the other way round: half of what these are apart.
+    sign = np.where(images.groups[numbers] == 1, -0.5, 0.5)
+    pulls += sign[None, :, None] * apart_by[:, None, :]
+    pulls /= _brightness(square, products)[None, :, None]
+    return Parts(information, pulls, shifts[numbers].copy()), new
+
+
+def _brightness(square: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """How many times as bright as the image frames are, (frames,): slopes are as many times as steep."""
+    alike = square[:, 2, 2] - square[:, 2, 3] ** 2 / np.maximum(square[:, 3, 3], 1e-30)
+    lifted = products[..., 3] * (square[:, 2, 3] / np.maximum(square[:, 3, 3], 1e-30))[:, None]
+    brighter = (products[..., 2] - lifted).sum(0) / max(float(alike.sum()), 1e-30)
+    return np.clip(1 + brighter, _DIMMEST, 1 / _DIMMEST)
+
+
+def stands_alone(image: np.ndarray) -> np.ndarray:
+    """Pixels of an image (h, w) that differ from those around far more than these do, as no tissue does: bool."""
+    apart = np.abs(image - median_filter(image, 5))
+    beside = maximum_filter(apart, footprint=_BESIDE)
+    return apart > np.maximum(_ALONE * np.median(apart), _ALONE_BESIDE * beside)
+
+
+def _without_alone(image: np.ndarray) -> np.ndarray:
+    return np.where(stands_alone(image), median_filter(image, 5), image)
+
+
+def _weights(image: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """How much pixels (h, w) count: by the noise and activity that they have, and less where slopes are very steep."""
+    steepness = np.square(np.gradient(image)).sum(0)
+    spread = gaussian_filter(variance, 1.0)
+    few = np.quantile(steepness, _STEEP) / np.maximum(steepness, 1e-30)
+    return np.minimum(1, few) / np.maximum(spread, max(0.1 * float(np.median(spread)), 1e-30))
+
+
+def _patterns(image: np.ndarray, places: list[tuple[slice, slice]]) -> list[np.ndarray]:
+    """What an image (h, w) changes by in parts of it: displaced along y and x, brighter, lifted; each (4, pixels)."""
+    slopes = -np.stack(np.gradient(image))
+    return [
+        np.stack([*slopes[:, *p].reshape(2, -1), (image[p] - image[p].mean()).ravel(), np.ones(image[p].size)])
+        for p in places
+    ]

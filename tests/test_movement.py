@@ -1,0 +1,225 @@
+"""How a field moves: measured, followed and put back; and not confused with activity or noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tifffile
+from scipy.ndimage import gaussian_filter1d, shift
+
+from restormer3d import spool
+from restormer3d.artefacts import movement
+from restormer3d.artefacts.movement import MovedBack, field_movement, put_back, static_image
+from restormer3d.config import InferenceConfig
+from restormer3d.denoising import array_and_record
+from restormer3d.inspection import describe, inspect
+from restormer3d.metrics import evaluate_stacks
+from restormer3d.settings import settings
+from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
+
+from .conftest import photons
+
+_AROUND = 8  # pixels around the field that it may move to
+
+
+@pytest.fixture(scope="module")
+def wider():
+    """Clean frames of a field and of what is around it."""
+    return simulate_scene((90, 64 + 2 * _AROUND, 72 + 2 * _AROUND), seed=11)[:]
+
+
+def moved(wider, shifts):
+    inside = slice(_AROUND, -_AROUND)
+    return np.stack([shift(x, by, order=1)[inside, inside] for x, by in zip(wider, shifts, strict=True)])
+
+
+def breathing(frames=90):
+    t = np.arange(frames)
+    return np.stack([1.2 * np.sin(t / 3), 0.6 * np.cos(t / 7)], axis=1)
+
+
+def jumps(frames=90):
+    shifts = np.zeros((frames, 2))
+    shifts[20:26], shifts[50:58] = (3.5, -2), (-2, 4)
+    return shifts
+
+
+def jitter(frames=90):
+    return np.random.default_rng(3).normal(0, (0.9, 0.5), (frames, 2))
+
+
+def error(found, shifts):
+    apart = found - (shifts - shifts.mean(0))
+    return np.sqrt(np.square(apart - apart.mean(0)).mean(0))
+
+
+@pytest.mark.parametrize("follow_jitter", [True, False])
+@pytest.mark.parametrize("course", [breathing, jumps])
+def test_movement_that_goes_on_is_measured(wider, course, follow_jitter):
+    shifts = course()
+    found = field_movement(photons(moved(wider, shifts)), jitter=follow_jitter)
+    assert (error(found.shifts, shifts) < 0.35).all()
+    np.testing.assert_allclose(found.deviation, shifts.std(0), rtol=0.25)
+
+
+def test_jitter_is_measured_and_followed_if_asked_for(wider):
+    shifts = jitter()
+    noisy = photons(moved(wider, shifts))
+    followed, left = (field_movement(noisy, jitter=asked) for asked in (True, False))
+    assert (error(followed.shifts, shifts) < 0.3).all()
+    assert not left.shifts.any()
+    np.testing.assert_allclose(left.deviation, followed.deviation, rtol=0.05)
+
+
+def test_of_jitter_on_a_drift_the_drift_is_followed(wider):
+    drift = np.stack([np.linspace(-0.8, 0.8, 90), np.zeros(90)], axis=1)
+    shifts = drift + np.random.default_rng(3).normal(0, (0.7, 0), (90, 2))
+    found = field_movement(photons(moved(wider, shifts)), jitter=False)
+    assert error(found.shifts, drift)[0] < 0.25
+    assert error(found.shifts, shifts)[0] > 0.5
+    assert not found.shifts[:, 1].any()
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("seed", [5, 6])
+def test_activity_and_noise_are_no_movement(level, seed):
+    scene = simulate_scene((120, 64, 64), seed=seed)
+    assert field_movement(NoisyScene(scene, *noise_parameters(level), seed=1)[:], jitter=True) is None
+
+
+def test_what_changes_all_of_the_field_is_no_movement(wider):
+    still = moved(wider, np.zeros((90, 2)))
+    for course in (
+        1 + 0.1 * np.random.default_rng(0).standard_normal(90),
+        np.exp(-np.arange(90) / 40),
+        1 + 2.0 * (np.arange(90) // 10 % 4 == 1),
+    ):
+        assert field_movement(photons(still * course[:, None, None]), jitter=True) is None
+
+
+def test_pixels_of_the_detector_do_not_hold_the_field(wider):
+    rng = np.random.default_rng(2)
+    shifts = breathing()
+    noisy = photons(moved(wider, shifts)) + 3000 * (rng.random(wider[0, 8:-8, 8:-8].shape) < 0.001)
+    assert (error(field_movement(noisy, jitter=False).shifts, shifts) < 0.4).all()
+
+
+@pytest.mark.parametrize("size", [(15, 64, 64), (90, 64, 20)])
+def test_too_little_to_tell(wider, size):
+    frames, height, width = size
+    assert field_movement(photons(moved(wider, breathing()))[:frames, :height, :width], jitter=True) is None
+
+
+def test_without_noise_and_with_a_black_margin(wider):
+    shifts = breathing()
+    clean = moved(wider, shifts)
+    clean[:, :, :9] = 0
+    assert (error(field_movement(clean.astype(np.float32), jitter=False).shifts, shifts) < 0.25).all()
+
+
+def test_long_and_large_stacks(wider, monkeypatch):
+    shifts = breathing()
+    noisy = photons(moved(wider, shifts))
+    dense = field_movement(noisy, jitter=False).shifts
+    monkeypatch.setattr(movement, "_SAMPLE", 40)
+    some = field_movement(noisy, jitter=False).shifts
+    assert (error(some, shifts) < 0.35).all()
+    assert np.abs(some - dense).max() < 0.5
+    monkeypatch.setattr(movement, "_SIDE", 40)
+    assert (error(field_movement(noisy, jitter=False).shifts, shifts) < 0.5).all()
+
+
+def test_frames_come_back_to_where_they_were():
+    y, x = np.mgrid[:40, :50]
+    frames = np.stack([np.sin(y / 4 + t) * np.cos(x / 5) for t in range(6)]).astype(np.float32)
+    shifts = np.array([(0, 0), (1.5, -0.5), (0.3, 0.2), (-3, 2), (0.01, 0), (0, -1)])
+    image = static_image(frames, shifts)
+    back = np.stack(list(put_back(iter(MovedBack(frames, shifts, image)[:]), shifts, image)))
+    assert back.dtype == frames.dtype
+    np.testing.assert_allclose(back[:, 6:-6, 6:-6], frames[:, 6:-6, 6:-6], atol=5e-3)
+    np.testing.assert_array_equal(back[[0, 4]], frames[[0, 4]])
+
+
+def test_moved_back_frames_show_the_field_where_it_is_on_average(wider):
+    shifts = breathing()
+    still = moved(wider, np.zeros((90, 2)))
+    recorded = moved(wider, shifts)
+    there = MovedBack(recorded, shifts, static_image(recorded, shifts))
+    assert there.shape == still.shape
+    inside = np.s_[:, 4:-4, 4:-4]
+    apart, before = (np.square((x - still)[inside]).mean() for x in (there[0:90], there.stack))
+    assert apart < 0.15 * before
+    np.testing.assert_array_equal(there[10:12], there[:][10:12])
+
+
+@pytest.fixture
+def moving(wider):
+    """Clean frames and the recording of them."""
+    clean = moved(wider, gaussian_filter1d(3 * jitter(), 1.5, axis=0))
+    return clean, photons(clean)
+
+
+@pytest.mark.parametrize("method", ["gaussian", "svd", "restormer3d"])
+def test_denoising_gains_by_following(moving, method):
+    clean, noisy = moving
+    said: list[str] = []
+    scores, records = [], []
+    for followed in ("none", "smooth"):
+        chosen = settings(iterations=0, movement=followed)
+        denoised, record = array_and_record(noisy, chosen, method=method, say=said.append)
+        assert denoised.dtype == noisy.dtype
+        scores.append(evaluate_stacks(clean.astype(np.float32), denoised)["activity_snr"])
+        records.append(record)
+    assert scores[1] > scores[0] + (1 if method == "restormer3d" else 0.2)
+    assert records[0]["movement"] is None
+    assert min(records[1]["movement"]["followed_up_to"]) > 0.5
+    assert sum("the field moves by" in text for text in said) == 1
+
+
+def test_of_jitter_it_is_said_that_it_stays(wider):
+    noisy = photons(moved(wider, jitter()))
+    said: list[str] = []
+    denoised, record = array_and_record(noisy, settings(movement="smooth"), method="svd", say=said.append)
+    assert any("--movement all" in text for text in said)
+    assert record["movement"]["followed_up_to"] == [0, 0]
+    np.testing.assert_array_equal(denoised, array_and_record(noisy, settings(movement="none"), method="svd")[0])
+
+
+def test_moved_frames_wait_in_a_file_or_stay_as_they_are(moving, monkeypatch):
+    noisy, chosen = moving[1], settings(movement="smooth")
+    expected = array_and_record(noisy, chosen, method="svd")[0]
+    monkeypatch.setattr(spool, "_HELD", 1000)
+    np.testing.assert_array_equal(array_and_record(noisy, chosen, method="svd")[0], expected)
+    monkeypatch.setattr(spool, "has_room", lambda size: False)
+    said: list[str] = []
+    left, record = array_and_record(noisy, chosen, method="svd", say=said.append)
+    assert any("no room" in text for text in said)
+    assert record["movement"]["followed_up_to"] == [0, 0]
+    np.testing.assert_array_equal(left, array_and_record(noisy, settings(movement="none"), method="svd")[0])
+
+
+def test_planes_of_their_own_activity_move_each_by_itself(wider):
+    frames = np.empty((90, 64, 72))
+    shifts = breathing()
+    frames[::2] = moved(wider, shifts)[::2]
+    frames[1::2] = 0.5 * moved(wider[:, ::-1, ::-1], -shifts)[1::2]
+    record = array_and_record(photons(frames), settings(planes=2), method="svd")[1]
+    assert [min(plane["movement"]["followed_up_to"]) > 0.5 for plane in record["each_plane"]] == [True, True]
+
+
+def test_inspect_tells_of_movement(moving, wider, tmp_path):
+    stacks = moving[1], photons(moved(wider, jitter())), photons(moved(wider, 0 * jitter()))
+    for noisy, told in zip(stacks, ("frames follow it", "jitter", ""), strict=True):
+        tifffile.imwrite(tmp_path / "stack.tif", noisy)
+        facts = inspect(tmp_path / "stack.tif")
+        assert (facts["movement"] is None) == (not told)
+        assert told in describe(facts)
+        assert ("movement: " in describe(facts)) == bool(told)
+
+
+def test_the_published_recipe_follows_nothing():
+    assert InferenceConfig().movement == "none"
+    assert settings("published").inference.movement == "none"
+    assert settings().inference.movement == "smooth"
+    with pytest.raises(ValueError, match="movement"):
+        settings(movement="some")
