@@ -140,7 +140,7 @@ def _denoise_one(
     if method != "restormer3d":
         denoised = by_filter(stack, images, chosen, method, progress, say)
     else:
-        left = None if seconds is None else seconds - (time.monotonic() - started)
+        left = None if seconds is None else seconds - (time.monotonic() - started) - followed.seconds
         denoised = by_network(stack, unlit_frames(light), images, chosen, device, left, progress, say, pretrained)
     record = denoised.record | {"movement": None if followed.movement is None else followed.movement.record()}
     return replace(denoised, frames=followed.put_back(denoised.frames), record=record)

@@ -134,6 +134,7 @@ def field_finder(stack: Any, some: np.ndarray, groups: np.ndarray) -> Callable[[
             shifts = by_other_group(frames, some)
             back = np.stack([np.roll(frame, -by, (0, 1)) for frame, by in zip(frames, shifts, strict=True)])
     del frames, back
+
     def found(numbers: np.ndarray) -> np.ndarray:
         return bins * np.concatenate([by_other_group(*seen) for seen in small_frames(stack, bins, numbers, still)])
 

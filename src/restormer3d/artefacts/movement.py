@@ -7,6 +7,7 @@ denoised ones to where they were.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -112,11 +113,14 @@ class Followed:
         How the field moves, if it does.
     image : numpy.ndarray or None
         As :func:`static_image` finds it, if frames were moved.
+    seconds : float
+        That it will take to put all frames back.
     """
 
     stack: Any
     movement: Movement | None
     image: np.ndarray | None = None
+    seconds: float = 0.0
 
     def put_back(self, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Move denoised frames (H, W) to where they were, as they come."""
@@ -148,7 +152,9 @@ def follow_movement(stack: Any, *, jitter: bool, say: Say = silent) -> Followed:
         say(f"{moves}, which is left as it is: the folder for temporary files has no room for moved frames")
         return Followed(stack, replace(movement, shifts=np.zeros_like(movement.shifts)))
     say(f"{moves}: frames are moved back before denoising, and denoised ones to where they were")
-    return Followed(values, movement, image)
+    most, started = np.abs(movement.shifts).max(1).argmax(), time.monotonic()
+    next(put_back(iter(values[most : most + 1]), movement.shifts[most : most + 1], image))
+    return Followed(values, movement, image, seconds=len(values) * (time.monotonic() - started))
 
 
 def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
