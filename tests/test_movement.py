@@ -134,10 +134,10 @@ def test_frames_come_back_to_where_they_were():
     frames = np.stack([np.sin(y / 4 + t) * np.cos(x / 5) for t in range(6)]).astype(np.float32)
     shifts = np.array([(0, 0), (1.5, -0.5), (0.3, 0.2), (-3, 2), (0.01, 0), (0, -1)])
     image = static_image(frames, shifts)
-    back = np.stack(list(put_back(iter(MovedBack(frames, shifts, image)[:]), shifts, image)))
+    back = np.stack(list(put_back(iter(MovedBack(frames, shifts, image)[:]), shifts, (40, 50))))
     assert back.dtype == frames.dtype
-    np.testing.assert_allclose(back[:, 6:-6, 6:-6], frames[:, 6:-6, 6:-6], atol=5e-3)
-    np.testing.assert_array_equal(back[[0, 4]], frames[[0, 4]])
+    np.testing.assert_allclose(back[:, 3:-3, 3:-3], frames[:, 3:-3, 3:-3], atol=1e-2)
+    np.testing.assert_allclose(back[[0, 4]], frames[[0, 4]], atol=1e-5)
 
 
 def test_moved_back_frames_show_the_field_where_it_is_on_average(wider):
@@ -145,9 +145,8 @@ def test_moved_back_frames_show_the_field_where_it_is_on_average(wider):
     still = moved(wider, np.zeros((90, 2)))
     recorded = moved(wider, shifts)
     there = MovedBack(recorded, shifts, static_image(recorded, shifts))
-    assert there.shape == still.shape
-    inside = np.s_[:, 4:-4, 4:-4]
-    apart, before = (np.square((x - still)[inside]).mean() for x in (there[0:90], there.stack))
+    assert there.shape == there[:].shape == (90, 64 + 4, 72 + 4)
+    apart, before = (np.square(x - still).mean() for x in (there[0:90][:, 2:-2, 2:-2], recorded))
     assert apart < 0.15 * before
     np.testing.assert_array_equal(there[10:12], there[:][10:12])
 

@@ -246,8 +246,6 @@ def _weights(image: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 def _patterns(image: np.ndarray, places: list[tuple[slice, slice]]) -> list[np.ndarray]:
     """What an image (h, w) changes by in parts of it: displaced along y and x, brighter, lifted; each (4, pixels)."""
-    slopes = -np.stack(np.gradient(image))
-    return [
-        np.stack([*slopes[:, *p].reshape(2, -1), (image[p] - image[p].mean()).ravel(), np.ones(image[p].size)])
-        for p in places
-    ]
+    down, along = np.gradient(image)
+    level = np.ones_like(image)
+    return [np.stack([x[p].ravel() for x in (-down, -along, image - image[p].mean(), level)]) for p in places]

@@ -15,10 +15,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import convolve1d, gaussian_filter1d
+from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d
 
 from restormer3d.artefacts.displacement import (
-    AT_REST,
     Images,
     Parts,
     field_finder,
@@ -38,11 +37,13 @@ _SIDE = 256  # pixels of a field that movement is measured on; larger ones are b
 _SAMPLE = 512  # frames that the image is made of, at most
 _PASSES = 4  # of measuring what is left of the movement
 _WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # frames of Gaussian filters along time
-_SURE = 4.0  # standard errors of the variance that parts of the field share
+_SURE = 3.0  # standard errors of the variance that parts of the field share
 _LEAST = 0.1  # pixels of movement worth following, as a standard deviation
 _GOES_ON = 0.3  # share of its variance that frames around foretell, from which on movement is followed as a whole,
 _FORESEEN = 0.1  # and from which on as far as they do
-_MIRRORED = 2.0  # frames, as many as what is on the other side of the border counts for
+_AROUND = 2.0  # pixels of a Gaussian filter, over which an image that few frames show is drawn to what is around,
+_AS_AROUND = 8.0  # as if so many frames showed that
+_FEW = 1e-6  # frames, that the mean of all stands in for where none shows anything
 _SPECTRAL_WIDTH = 4.0  # frequencies of Gaussian filters over spectra
 
 
@@ -71,7 +72,8 @@ class Movement:
 class MovedBack(ChangedStack):
     """A stack (T, H, W) whose frames are moved to where the field is on average, to be read whole frames at a time.
 
-    What differs from the static image is moved; beyond the border it goes on as in a mirror.
+    Frames are larger than recorded ones: they hold all tissue that any of them shows. Where one shows nothing, it has
+    the static image, and what the recorded frame differs by from it as in a mirror.
 
     Parameters
     ----------
@@ -80,12 +82,16 @@ class MovedBack(ChangedStack):
     shifts : numpy.ndarray
         Rows and columns by which each frame is displaced, (T, 2).
     image : numpy.ndarray
-        What stands still, and of the tissue beyond the border what frames show that are displaced, as
-        :func:`static_image` finds it.
+        As :func:`static_image` finds it, (H + 2 m, W + 2 m).
     """
 
     shifts: np.ndarray
     image: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns."""
+        return self.stack.shape[0], *self.image.shape
 
     def __getitem__(self, frames: slice) -> np.ndarray:
         """Read `moved[a:b]`."""
@@ -94,11 +100,9 @@ class MovedBack(ChangedStack):
             return np.stack(list(pool.map(self._moved_back, recorded, self.shifts[frames])))
 
     def _moved_back(self, frame: np.ndarray, by: np.ndarray) -> np.ndarray:
-        if np.abs(by).max() < AT_REST:
-            return frame
-        inside = _inside(self.image.shape, frame.shape)
-        apart = moved_frame(frame - moved_frame(self.image, by)[inside], -by)
-        return (apart + self.image[inside]).astype(frame.dtype, copy=False)
+        inside, margin = _inside(self.image.shape, frame.shape)
+        apart = frame - moved_frame(self.image, by)[inside]
+        return (moved_frame(np.pad(apart, margin, "reflect"), -by) + self.image).astype(frame.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -111,22 +115,22 @@ class Followed:
         Moved frames, or those that were recorded.
     movement : Movement or None
         How the field moves, if it does.
-    image : numpy.ndarray or None
-        As :func:`static_image` finds it, if frames were moved.
+    field : tuple of int or None
+        Rows and columns of recorded frames, if they were moved.
     seconds : float
         That it will take to put all frames back.
     """
 
     stack: Any
     movement: Movement | None
-    image: np.ndarray | None = None
+    field: tuple[int, int] | None = None
     seconds: float = 0.0
 
     def put_back(self, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Move denoised frames (H, W) to where they were, as they come."""
-        if self.movement is None or self.image is None:
+        if self.movement is None or self.field is None:
             return frames
-        return put_back(frames, self.movement.shifts, self.image)
+        return put_back(frames, self.movement.shifts, self.field)
 
 
 def follow_movement(stack: Any, *, jitter: bool, say: Say = silent) -> Followed:
@@ -152,9 +156,9 @@ def follow_movement(stack: Any, *, jitter: bool, say: Say = silent) -> Followed:
         say(f"{moves}, which is left as it is: the folder for temporary files has no room for moved frames")
         return Followed(stack, replace(movement, shifts=np.zeros_like(movement.shifts)))
     say(f"{moves}: frames are moved back before denoising, and denoised ones to where they were")
-    most, started = np.abs(movement.shifts).max(1).argmax(), time.monotonic()
-    next(put_back(iter(values[most : most + 1]), movement.shifts[most : most + 1], image))
-    return Followed(values, movement, image, seconds=len(values) * (time.monotonic() - started))
+    field, started = stack.shape[1:], time.monotonic()
+    next(put_back(iter(values[:1]), movement.shifts.max(0, keepdims=True), field))
+    return Followed(values, movement, field, seconds=len(values) * (time.monotonic() - started))
 
 
 def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
@@ -188,15 +192,9 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     shifts[some] = np.rint(places(some) / bins)
     level = np.rint(np.median(shifts[some], axis=0))
     shifts[some] -= level
-    images = Images(groups)
-    moves = np.zeros([side // bins for side in sides], bool)
-    total = np.zeros(moves.shape)
-    for block, numbers in small_frames(stack, bins, some, np.zeros_like(shifts)):
-        moves |= (block != block[0]).any(0)
-        total += block.sum(0, dtype=np.float64)
-        images.add(np.stack([moved_frame(x, -by) for x, by in zip(block, shifts[numbers], strict=True)]), numbers)
-    moves &= ~stands_alone(total)
+    images, moves = _first_images(stack, bins, some, shifts, groups)
     everything, looked_at = np.arange(frames), some
+    parts: Parts | None = None
     for number in range(_PASSES):
         if number == _PASSES // 2 and len(some) < frames:
             others, looked_at = np.setdiff1d(everything, some), everything
@@ -207,6 +205,7 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
             return None
         if not jitter and number and len(looked_at) == frames and not _courses(parts, jitter=False).any():
             break
+    assert parts is not None
     if not jitter:
         shifts = _courses(parts, jitter=False)
     y, x = (bins * float(np.sqrt(max(0.0, _product(*parts.halves(axis))))) for axis in (0, 1))
@@ -214,13 +213,13 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
 
 
 def static_image(stack: Any, shifts: np.ndarray) -> np.ndarray:
-    """Mean of the frames of a stack, moved back by shifts (T, 2), and of what some of them show beyond the border.
+    """Mean of the frames of a stack, moved back by shifts (T, 2), of all tissue that any of them shows.
 
     Returns
     -------
     numpy.ndarray
         The field and as many rows and columns around it as it is displaced by at most, (H + 2 m, W + 2 m), float32.
-        Where few frames see anything, it is drawn to what is on the other side of the border.
+        Where few frames show anything, it is drawn to what is around.
     """
     frames, height, width = stack.shape
     margin = int(np.ceil(np.abs(shifts).max()))
@@ -236,32 +235,46 @@ def static_image(stack: Any, shifts: np.ndarray) -> np.ndarray:
         seen = rows[:, None] & columns
         total += np.where(seen, moved_frame(frame, -shifts[t]), 0)
         count += seen
-    inside = _inside(total.shape, (height, width))
-    mirrored = np.pad((total / np.maximum(count, 1))[inside], margin, "reflect")
-    return ((total + _MIRRORED * mirrored) / (count + _MIRRORED)).astype(np.float32)
+    around = gaussian_filter(total, _AROUND) + _FEW * total.sum() / count.sum()
+    around /= gaussian_filter(count, _AROUND) + _FEW
+    return ((total + _AS_AROUND * around) / (count + _AS_AROUND)).astype(np.float32)
 
 
-def put_back(frames: Iterator[np.ndarray], shifts: np.ndarray, image: np.ndarray) -> Iterator[np.ndarray]:
-    """Move denoised frames (H, W) to where they were, by rows and columns (T, 2), as they come.
+def put_back(frames: Iterator[np.ndarray], shifts: np.ndarray, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Move denoised frames of :class:`MovedBack` to where they were, (H, W) of them, as they come.
 
-    Beyond the border, `image` shows what stands still there, see :func:`static_image`.
+    Parameters
+    ----------
+    frames : iterator of numpy.ndarray
+        Denoised, (H + 2 m, W + 2 m).
+    shifts : numpy.ndarray
+        Rows and columns by which each frame is displaced, (T, 2).
+    shape : tuple of int
+        Rows and columns of recorded frames.
     """
-    beyond: Any = None
     for frame, by in zip(frames, shifts, strict=True):
-        if np.abs(by).max() < AT_REST:
-            yield frame
-            continue
-        inside = _inside(image.shape, frame.shape)
-        margin = inside[0].start
-        if beyond is None:
-            beyond = image - np.pad(image[inside], margin, "reflect")
-        yield moved_frame(np.pad(frame, margin, "reflect") + beyond, by)[inside]
+        inside, _ = _inside(frame.shape, shape)
+        yield moved_frame(frame, by)[inside]
 
 
-def _inside(larger: tuple[int, ...], field: tuple[int, ...]) -> tuple[slice, slice]:
-    """Where a field lies in an image with a margin around it."""
-    y, x = (slice((outer - inner) // 2, (outer + inner) // 2) for outer, inner in zip(larger, field, strict=True))
-    return y, x
+def _inside(larger: tuple[int, ...], field: tuple[int, ...]) -> tuple[tuple[slice, slice], int]:
+    """Where a field lies in an image with a margin around it, and how wide that is."""
+    margin = (larger[0] - field[0]) // 2
+    return (slice(margin, margin + field[0]), slice(margin, margin + field[1])), margin
+
+
+def _first_images(
+    stack: Any, bins: int, some: np.ndarray, shifts: np.ndarray, groups: np.ndarray
+) -> tuple[Images, np.ndarray]:
+    """Images of some frames, moved back by shifts (T, 2); and which pixels are not the detector's own (h, w)."""
+    images = Images(groups)
+    shape = [side // bins for side in stack.shape[1:]]
+    changes, total = np.zeros(shape, bool), np.zeros(shape)
+    for block, numbers in small_frames(stack, bins, some, np.zeros_like(shifts)):
+        changes |= (block != block[0]).any(0)
+        total += block.sum(0, dtype=np.float64)
+        images.add(np.stack([moved_frame(x, -by) for x, by in zip(block, shifts[numbers], strict=True)]), numbers)
+    return images, changes & ~stands_alone(total)
 
 
 def _courses(parts: Parts, *, jitter: bool) -> np.ndarray:
