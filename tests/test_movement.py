@@ -129,6 +129,12 @@ def test_long_and_large_stacks(wider, monkeypatch):
     assert (error(field_movement(noisy, jitter=False).shifts, shifts) < 0.5).all()
 
 
+def test_a_strip_of_the_field():
+    shifts = breathing()
+    strip = simulate_scene((90, 33 + 2 * _AROUND, 600 + 2 * _AROUND), seed=11)[:]
+    assert (error(field_movement(photons(moved(strip, shifts)), jitter=False).shifts, shifts) < 0.2).all()
+
+
 def test_frames_come_back_to_where_they_were():
     y, x = np.mgrid[:40, :50]
     frames = np.stack([np.sin(y / 4 + t) * np.cos(x / 5) for t in range(6)]).astype(np.float32)

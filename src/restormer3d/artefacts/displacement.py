@@ -22,6 +22,7 @@ AT_REST = 0.02
 """Pixels, below which a frame stays as it is."""
 
 _COARSE_SIDE = 96  # pixels of a binned field, in which whole pixels are found
+_LEAST_COARSE = 24  # of its shorter side
 _REACH = 10  # the field is looked for within a tenth of it
 _AT_ONCE = 32  # frames that are read at once
 _ROUNDS = 3  # of finding whole pixels, each time by a sharper image
@@ -99,7 +100,7 @@ def field_finder(stack: Any, some: np.ndarray, groups: np.ndarray) -> Callable[[
 
     It is found by the image of some frames, of those in the other group (T,).
     """
-    bins = -(-max(stack.shape[1:]) // _COARSE_SIDE)
+    bins = max(1, min(-(-max(stack.shape[1:]) // _COARSE_SIDE), min(stack.shape[1:]) // _LEAST_COARSE))
     still = np.zeros((stack.shape[0], 2))
     frames = np.concatenate([block for block, _ in small_frames(stack, bins, some, still)])
     height, width = frames.shape[1:]

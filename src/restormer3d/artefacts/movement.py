@@ -184,7 +184,7 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     frames, *sides = stack.shape
     if frames < _LEAST_FRAMES or min(sides) < _LEAST_SIDE:
         return None
-    bins = -(-max(sides) // _SIDE)
+    bins = max(1, min(-(-max(sides) // _SIDE), min(sides) // _LEAST_SIDE))
     some = np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int))
     groups = np.random.default_rng(0).permutation(frames) % 2
     places = field_finder(stack, some, groups)
