@@ -21,11 +21,14 @@ from restormer3d.views import SomeFrames
 AT_REST = 0.02
 """Pixels, below which a frame stays as it is."""
 
+REACH = 8
+"""The field is looked for within this part of it."""
+
 _COARSE_SIDE = 96  # pixels of a binned field, in which whole pixels are found
 _LEAST_COARSE = 24  # of its shorter side
-_REACH = 10  # the field is looked for within a tenth of it
 _AT_ONCE = 32  # frames that are read at once
-_ROUNDS = 3  # of finding whole pixels, each time by a sharper image
+_ROUNDS = 5  # of finding whole pixels, each time by a sharper image
+_LEAST_ALIKE, _ALIKE = 8, 16  # frames of a group, and share of all, that a first image is the mean of
 _PARTS = 4  # of the field along y and along x, each of which tells of the movement by itself
 _TAIL = 1.5  # large movements are rare: as this power of a Cauchy distribution one (binned) pixel wide
 _BAND = (0.7, 5.0)  # pixels of Gaussian filters, between which the image tells of movement
@@ -104,42 +107,89 @@ def field_finder(stack: Any, some: np.ndarray, groups: np.ndarray) -> Callable[[
     still = np.zeros((stack.shape[0], 2))
     frames = np.concatenate([block for block, _ in small_frames(stack, bins, some, still)])
     height, width = frames.shape[1:]
-    reach = max(3, min(height, width) // _REACH)
+    reach = max(3, min(height, width) // REACH)
     lags = np.array(list(product(range(-reach, reach + 1), repeat=2)))
     inside = slice(reach, height - reach), slice(reach, width - reach)
     rare = _TAIL * np.log1p(np.square(lags).sum(1))
-    noise = max(float(np.median(frames.var(0))), 1e-30)
+    steps = np.square(np.diff(frames, axis=0)).mean(0) / 2
+    noise = float(np.sqrt(min(np.median(frames.var(0)), np.median(steps)))) or 1.0
     level = frames.mean()
+    frames = (frames - level) / noise
 
     def places(frames: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Where in frames the image is most likely, given the noise."""
-        detail = gaussian_filter(image, _BAND[0]) - gaussian_filter(image, _BAND[1])
-        moved = np.stack([np.roll(detail, lag, (0, 1))[inside].ravel() for lag in lags]).astype(np.float32)
-        alike = (frames - level)[:, *inside].reshape(len(frames), -1) @ moved.T
+        """Where in frames the image is most likely, both in units of the noise."""
+        moved = np.stack([np.roll(_detail(image), lag, (0, 1))[inside].ravel() for lag in lags]).astype(np.float32)
+        alike = frames[:, *inside].reshape(len(frames), -1) @ moved.T
         fit = np.square(np.maximum(alike, 0)) / np.maximum(2 * np.square(moved).sum(1), 1e-30)  # as bright as fits best
-        found = lags[(fit / noise - rare).argmax(1)]
-        found[np.abs(found).max(1) == reach] = 0  # it may be anywhere
+        found = lags[(fit - rare).argmax(1)].astype(float)
+        found[np.abs(found).max(1) == reach] = np.nan  # it may be anywhere
         return found
 
-    def by_other_group(frames: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        found = np.zeros((len(frames), 2), int)
+    def by_other_group(frames: np.ndarray, numbers: np.ndarray, images: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(frames), 2))
         for group in np.unique(groups[numbers]):
             mine = groups[numbers] == group
             found[mine] = places(frames[mine], images[1 - group])
         return found
 
-    back = frames
-    for number in range(_ROUNDS):
-        images = [_without_alone(back[groups[some] == group].mean(0)) for group in (0, 1)]
-        if number < _ROUNDS - 1:
-            shifts = by_other_group(frames, some)
+    def images_of(frames: np.ndarray, which: np.ndarray) -> np.ndarray:
+        return np.stack([_without_alone(frames[which & (groups[some] == group)].mean(0)) for group in (0, 1)])
+
+    # The mean of all is blurred where the field moves far, that of few alike noisy: what ends up sharper is taken.
+    everything = np.ones(len(some), bool)
+    candidates = [images_of(frames, everything)]
+    for start in (everything, _alike(frames[:, *inside], groups[some])):
+        images = images_of(frames, start)
+        for _ in range(_ROUNDS):
+            shifts = _found_again(by_other_group(frames, some, images))
+            shifts = np.rint(shifts - np.median(shifts, axis=0)).astype(int)
             back = np.stack([np.roll(frame, -by, (0, 1)) for frame, by in zip(frames, shifts, strict=True)])
-    del frames, back
+            images = images_of(back, everything)
+        candidates.append(images)
+    best = max(candidates, key=lambda images: sharpness(images[:, *inside]))
+    del frames
 
     def found(numbers: np.ndarray) -> np.ndarray:
-        return bins * np.concatenate([by_other_group(*seen) for seen in small_frames(stack, bins, numbers, still)])
+        blocks = small_frames(stack, bins, numbers, still)
+        return bins * _found_again(np.concatenate([by_other_group((x - level) / noise, t, best) for x, t in blocks]))
 
     return found
+
+
+def _found_again(shifts: np.ndarray) -> np.ndarray:
+    """Where the field was not found (NaN), where it is between the frames around that show it (n, 2)."""
+    lost = np.isnan(shifts).any(1)
+    if lost.all():
+        return np.zeros_like(shifts)
+    there, numbers = np.flatnonzero(~lost), np.arange(len(shifts))
+    return np.stack([np.interp(numbers, there, shifts[there, axis]) for axis in (0, 1)], axis=1)
+
+
+def _detail(image: np.ndarray) -> np.ndarray:
+    """What tells of movement in images (..., h, w)."""
+    return gaussian_filter(image, _BAND[0], axes=(-2, -1)) - gaussian_filter(image, _BAND[1], axes=(-2, -1))
+
+
+def sharpness(images: np.ndarray) -> float:
+    """Variance of the detail that images of two groups (2, h, w) share: noise, which they do not, has no part in it."""
+    first, second = _detail(images)
+    return float((first * second).mean())
+
+
+def _alike(frames: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """A share of frames (n, h, w) that are like one another, of both groups: a mask (n,)."""
+    detail = _detail(frames).reshape(len(frames), -1)
+    detail /= np.maximum(np.linalg.norm(detail, axis=1, keepdims=True), 1e-30)
+    alike = detail @ detail.T
+    count = min(max(_LEAST_ALIKE, len(frames) // _ALIKE), len(frames) // 4)
+    # As many of each group, by how like the frame they are that has the most frames like itself.
+    nearest = [np.sort(alike[:, groups == group], axis=1)[:, -count:].mean(1) for group in (0, 1)]
+    center = alike[np.argmin(-np.minimum(*nearest))]
+    chosen = np.zeros(len(frames), bool)
+    for group in (0, 1):
+        mine = np.flatnonzero(groups == group)
+        chosen[mine[np.argsort(center[mine])[-count:]]] = True
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -248,5 +298,5 @@ def _weights(image: np.ndarray, variance: np.ndarray) -> np.ndarray:
 def _patterns(image: np.ndarray, places: list[tuple[slice, slice]]) -> list[np.ndarray]:
     """What an image (h, w) changes by in parts of it: displaced along y and x, brighter, lifted; each (4, pixels)."""
     down, along = np.gradient(image)
-    level = np.ones_like(image)
+    level = np.full_like(image, float(image.std()) or 1.0)  # of the size of the others
     return [np.stack([x[p].ravel() for x in (-down, -along, image - image[p].mean(), level)]) for p in places]

@@ -18,11 +18,13 @@ import numpy as np
 from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d
 
 from restormer3d.artefacts.displacement import (
+    REACH,
     Images,
     Parts,
     field_finder,
     measured_by_parts,
     moved_frame,
+    sharpness,
     small_frames,
     stands_alone,
 )
@@ -35,12 +37,17 @@ _LEAST_FRAMES = 16
 _LEAST_SIDE = 32  # pixels of a field whose movement can be told
 _SIDE = 256  # pixels of a field that movement is measured on; larger ones are binned
 _SAMPLE = 512  # frames that the image is made of, at most
-_PASSES = 4  # of measuring what is left of the movement
+_PASSES = 6  # of measuring what is left of the movement
+_MOST_AT_ONCE = 0.7  # pixels that a pass adds
 _WIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # frames of Gaussian filters along time
 _SURE = 3.0  # standard errors of the variance that parts of the field share
+_KNOWN = 0.7  # pixels, that a frame's displacement has to be known to: the few photons of a frame may lie anywhere
 _LEAST = 0.1  # pixels of movement worth following, as a standard deviation
 _GOES_ON = 0.3  # share of its variance that frames around foretell, from which on movement is followed as a whole,
 _FORESEEN = 0.1  # and from which on as far as they do
+_AS_SHARP = 0.9  # as the image of frames that stay, that of moved ones has to be; splines between pixels blur a little
+_MOVES = 8  # of a frame, that following it takes as long as
+_SHARE_OF_TIME = 0.25  # of a time limit that it may take
 _AROUND = 2.0  # pixels of a Gaussian filter, over which an image that few frames show is drawn to what is around,
 _AS_AROUND = 8.0  # as if so many frames showed that
 _FEW = 1e-6  # frames, that the mean of all stands in for where none shows anything
@@ -82,7 +89,7 @@ class MovedBack(ChangedStack):
     shifts : numpy.ndarray
         Rows and columns by which each frame is displaced, (T, 2).
     image : numpy.ndarray
-        As :func:`static_image` finds it, (H + 2 m, W + 2 m).
+        As :func:`static_image` finds it, (H + 2 m, W + 2 n).
     """
 
     shifts: np.ndarray
@@ -100,9 +107,10 @@ class MovedBack(ChangedStack):
             return np.stack(list(pool.map(self._moved_back, recorded, self.shifts[frames])))
 
     def _moved_back(self, frame: np.ndarray, by: np.ndarray) -> np.ndarray:
-        inside, margin = _inside(self.image.shape, frame.shape)
+        inside = _inside(self.image.shape, frame.shape)
         apart = frame - moved_frame(self.image, by)[inside]
-        return (moved_frame(np.pad(apart, margin, "reflect"), -by) + self.image).astype(frame.dtype, copy=False)
+        margins = [(place.start, place.start) for place in inside]
+        return (moved_frame(np.pad(apart, margins, "reflect"), -by) + self.image).astype(frame.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -133,12 +141,15 @@ class Followed:
         return put_back(frames, self.movement.shifts, self.field)
 
 
-def follow_movement(stack: Any, *, jitter: bool, say: Say = silent) -> Followed:
+def follow_movement(stack: Any, *, jitter: bool, seconds: float | None = None, say: Say = silent) -> Followed:
     """Move frames back to where the field is on average, if it moves, and say what was found.
 
     Arguments as for :func:`field_movement`. Moved frames wait in memory, or in a temporary file if they are many; where
-    that has no room, all stays as it is.
+    that has no room, or where it would take most of the seconds that are left, all stays as it is.
     """
+    if seconds is not None and _MOVES * _seconds_of_a_move(stack) * stack.shape[0] > _SHARE_OF_TIME * seconds:
+        say("whether the field moves is not looked for, for want of time: frames stay where they are")
+        return Followed(stack, None)
     movement = field_movement(stack, jitter=jitter)
     if movement is None:
         return Followed(stack, None)
@@ -155,10 +166,19 @@ def follow_movement(stack: Any, *, jitter: bool, say: Say = silent) -> Followed:
     if values is None:
         say(f"{moves}, which is left as it is: the folder for temporary files has no room for moved frames")
         return Followed(stack, replace(movement, shifts=np.zeros_like(movement.shifts)))
-    say(f"{moves}: frames are moved back before denoising, and denoised ones to where they were")
+    say(
+        f"{moves}: frames are moved back before denoising, and denoised ones to where they were. Between pixels the "
+        "noise of neighbors is mixed: it will be found to be correlated"
+    )
     field, started = stack.shape[1:], time.monotonic()
     next(put_back(iter(values[:1]), movement.shifts.max(0, keepdims=True), field))
     return Followed(values, movement, field, seconds=len(values) * (time.monotonic() - started))
+
+
+def _seconds_of_a_move(stack: Any) -> float:
+    frame, started = np.asarray(stack[0], np.float32), time.monotonic()
+    moved_frame(frame, np.array([0.5, 0.5]))
+    return time.monotonic() - started
 
 
 def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
@@ -179,7 +199,8 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     Returns
     -------
     Movement or None
-        None if the parts share less than a tenth of a pixel; also of fewer than 16 frames or 32 pixels.
+        None if the parts share less than a tenth of a pixel; also of fewer than 16 frames or 32 pixels. Frames that
+        show the field displaced by more than an eighth of it are not found.
     """
     frames, *sides = stack.shape
     if frames < _LEAST_FRAMES or min(sides) < _LEAST_SIDE:
@@ -192,7 +213,7 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     shifts[some] = np.rint(places(some) / bins)
     level = np.rint(np.median(shifts[some], axis=0))
     shifts[some] -= level
-    images, moves = _first_images(stack, bins, some, shifts, groups)
+    images, unmoved, moves = _first_images(stack, bins, some, shifts, groups)
     everything, looked_at = np.arange(frames), some
     parts: Parts | None = None
     for number in range(_PASSES):
@@ -200,14 +221,20 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
             others, looked_at = np.setdiff1d(everything, some), everything
             shifts[others] = np.rint(places(others) / bins) - level
         parts, images = measured_by_parts(stack, bins, looked_at, shifts, images, moves)
-        shifts[looked_at] = _courses(parts, jitter=True)
-        if not shifts[looked_at].any():
+        measured = _courses(parts, jitter=True)
+        if not measured.any():
             return None
+        # Where frames are still displaced, their mean is blurred, and slopes tell of too much.
+        shifts[looked_at] += np.clip(measured - shifts[looked_at], -_MOST_AT_ONCE, _MOST_AT_ONCE)
         if not jitter and number and len(looked_at) == frames and not _courses(parts, jitter=False).any():
             break
     assert parts is not None
+    if sharpness(images.means()) < _AS_SHARP * sharpness(unmoved.means()):
+        return None
     if not jitter:
         shifts = _courses(parts, jitter=False)
+    farthest = bins + np.array(sides) / REACH  # an outlier among frames may seem to lie anywhere
+    shifts = np.clip(shifts, -farthest / bins, farthest / bins)
     y, x = (bins * float(np.sqrt(max(0.0, _product(*parts.halves(axis))))) for axis in (0, 1))
     return Movement(bins * shifts, (y, x))
 
@@ -218,16 +245,16 @@ def static_image(stack: Any, shifts: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        The field and as many rows and columns around it as it is displaced by at most, (H + 2 m, W + 2 m), float32.
+        The field and as many rows and columns around it as it is displaced by at most, (H + 2 m, W + 2 n), float32.
         Where few frames show anything, it is drawn to what is around.
     """
     frames, height, width = stack.shape
-    margin = int(np.ceil(np.abs(shifts).max()))
-    total = np.zeros((height + 2 * margin, width + 2 * margin))
+    down, along = np.ceil(np.abs(shifts).max(axis=0)).astype(int)
+    total = np.zeros((height + 2 * down, width + 2 * along))
     count = np.zeros_like(total)
-    places = [np.arange(side) - margin for side in total.shape]
+    places = np.arange(total.shape[0]) - down, np.arange(total.shape[1]) - along
     for t in np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int)):
-        frame = np.pad(np.asarray(stack[int(t)], np.float64), margin, "reflect")
+        frame = np.pad(np.asarray(stack[int(t)], np.float64), ((down, down), (along, along)), "reflect")
         rows, columns = (
             (place + by >= 0) & (place + by <= side - 1)
             for place, by, side in zip(places, shifts[t], (height, width), strict=True)
@@ -246,35 +273,34 @@ def put_back(frames: Iterator[np.ndarray], shifts: np.ndarray, shape: tuple[int,
     Parameters
     ----------
     frames : iterator of numpy.ndarray
-        Denoised, (H + 2 m, W + 2 m).
+        Denoised, (H + 2 m, W + 2 n).
     shifts : numpy.ndarray
         Rows and columns by which each frame is displaced, (T, 2).
     shape : tuple of int
         Rows and columns of recorded frames.
     """
     for frame, by in zip(frames, shifts, strict=True):
-        inside, _ = _inside(frame.shape, shape)
-        yield moved_frame(frame, by)[inside]
+        yield moved_frame(frame, by)[_inside(frame.shape, shape)]
 
 
-def _inside(larger: tuple[int, ...], field: tuple[int, ...]) -> tuple[tuple[slice, slice], int]:
-    """Where a field lies in an image with a margin around it, and how wide that is."""
-    margin = (larger[0] - field[0]) // 2
-    return (slice(margin, margin + field[0]), slice(margin, margin + field[1])), margin
+def _inside(larger: tuple[int, ...], field: tuple[int, ...]) -> tuple[slice, slice]:
+    """Where a field lies in an image with margins around it."""
+    y, x = (slice((outer - side) // 2, (outer - side) // 2 + side) for outer, side in zip(larger, field, strict=True))
+    return y, x
 
 
 def _first_images(
     stack: Any, bins: int, some: np.ndarray, shifts: np.ndarray, groups: np.ndarray
-) -> tuple[Images, np.ndarray]:
-    """Images of some frames, moved back by shifts (T, 2); and which pixels are not the detector's own (h, w)."""
-    images = Images(groups)
+) -> tuple[Images, Images, np.ndarray]:
+    """Images of some frames, moved back by shifts (T, 2) and as they are; and which pixels may move (h, w)."""
+    images, unmoved = Images(groups), Images(groups)
     shape = [side // bins for side in stack.shape[1:]]
-    changes, total = np.zeros(shape, bool), np.zeros(shape)
+    changes = np.zeros(shape, bool)
     for block, numbers in small_frames(stack, bins, some, np.zeros_like(shifts)):
         changes |= (block != block[0]).any(0)
-        total += block.sum(0, dtype=np.float64)
+        unmoved.add(block, numbers)
         images.add(np.stack([moved_frame(x, -by) for x, by in zip(block, shifts[numbers], strict=True)]), numbers)
-    return images, changes & ~stands_alone(total)
+    return images, unmoved, changes & ~stands_alone(unmoved.means().mean(0))
 
 
 def _courses(parts: Parts, *, jitter: bool) -> np.ndarray:
@@ -348,4 +374,5 @@ def _is_sure(parts: Parts, axis: int, smooth: Callable[[np.ndarray], np.ndarray]
     count = len(parts.information)
     without = np.array([_product(*map(smooth, parts.halves(axis, each))) for each in range(count)])
     error = np.sqrt((count - 1) / count * np.square(without - without.mean()).sum())
-    return variance > max(_LEAST**2, _SURE * error)
+    known = float(np.linalg.pinv(parts.information.sum(0))[axis, axis])
+    return known < _KNOWN**2 and variance > max(_LEAST**2, _SURE * error)
