@@ -116,20 +116,24 @@ def field_finder(stack: Any, some: np.ndarray, groups: np.ndarray) -> Callable[[
     level = frames.mean()
     frames = (frames - level) / noise
 
-    def places(frames: np.ndarray, image: np.ndarray) -> np.ndarray:
+    def everywhere(image: np.ndarray) -> np.ndarray:
+        """The detail of an image, moved by all lags, (lags, pixels) float32."""
+        detail = _detail(image).astype(np.float32)
+        return np.stack([np.roll(detail, lag, (0, 1))[inside].ravel() for lag in lags])
+
+    def places(frames: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Where in frames the image is most likely, both in units of the noise."""
-        moved = np.stack([np.roll(_detail(image), lag, (0, 1))[inside].ravel() for lag in lags]).astype(np.float32)
         alike = frames[:, *inside].reshape(len(frames), -1) @ moved.T
         fit = np.square(np.maximum(alike, 0)) / np.maximum(2 * np.square(moved).sum(1), 1e-30)  # as bright as fits best
         found = lags[(fit - rare).argmax(1)].astype(float)
         found[np.abs(found).max(1) == reach] = np.nan  # it may be anywhere
         return found
 
-    def by_other_group(frames: np.ndarray, numbers: np.ndarray, images: np.ndarray) -> np.ndarray:
+    def by_other_group(frames: np.ndarray, numbers: np.ndarray, moved: list[np.ndarray]) -> np.ndarray:
         found = np.zeros((len(frames), 2))
         for group in np.unique(groups[numbers]):
             mine = groups[numbers] == group
-            found[mine] = places(frames[mine], images[1 - group])
+            found[mine] = places(frames[mine], moved[1 - group])
         return found
 
     def images_of(frames: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -141,12 +145,12 @@ def field_finder(stack: Any, some: np.ndarray, groups: np.ndarray) -> Callable[[
     for start in (everything, _alike(frames[:, *inside], groups[some])):
         images = images_of(frames, start)
         for _ in range(_ROUNDS):
-            shifts = _found_again(by_other_group(frames, some, images))
+            shifts = _found_again(by_other_group(frames, some, list(map(everywhere, images))))
             shifts = np.rint(shifts - np.median(shifts, axis=0)).astype(int)
             back = np.stack([np.roll(frame, -by, (0, 1)) for frame, by in zip(frames, shifts, strict=True)])
             images = images_of(back, everything)
         candidates.append(images)
-    best = max(candidates, key=lambda images: sharpness(images[:, *inside]))
+    best = list(map(everywhere, max(candidates, key=lambda images: sharpness(images[:, *inside]))))
     del frames
 
     def found(numbers: np.ndarray) -> np.ndarray:

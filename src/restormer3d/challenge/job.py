@@ -223,7 +223,7 @@ def _denoise_tiff(loaded: Loaded, source: Path, target: Path, seconds: float, sa
     if isinstance(failure, TooSlowError):
         reasons["instead_of_the_network"] = str(failure)
         say(f"{source.name}: too slow for the network ({failure}): denoised with the Gaussian filter instead")
-        failed = denoise_files([source], target, loaded.chosen, method="gaussian", overwrite=True, say=say)
+        failed = denoise_files([source], target, _at_rest(loaded.chosen), method="gaussian", overwrite=True, say=say)
         failure = failed.get(source)
     if failure is not None:
         raise failure
@@ -261,6 +261,11 @@ def _least_time(seconds: float, prepared: float) -> float:
 def _untrained(chosen: Settings) -> Settings:
     """The same settings, but for the weights to be taken as they are."""
     return replace(chosen, training=chosen.training.model_copy(update={"warmup_iterations": 0, "iterations": 0}))
+
+
+def _at_rest(chosen: Settings) -> Settings:
+    """The same settings, but for movement, which takes time to follow."""
+    return replace(chosen, inference=chosen.inference.model_copy(update={"movement": "none"}))
 
 
 def watch(seconds: float, training: TrainingConfig, say: Say) -> Watch:
