@@ -22,7 +22,9 @@ from benchmarks import (
     training_choices,
 )
 from benchmarks.cells import truth_score
+from benchmarks.movement import _moved_onto
 from benchmarks.tables import markdown
+from scipy.ndimage import gaussian_filter, shift
 
 from restormer3d.denoising import array_and_record
 from restormer3d.metrics import evaluate_stacks
@@ -337,3 +339,12 @@ def test_the_planes_table_holds_out_whole_turns(tmp_path, monkeypatch):
     assert errors[1] < 2 < errors[0]  # of all frames, in the planes' alternation; of each plane
     with pytest.raises(ValueError, match="expected a recording of several planes"):
         planes.planes(f"{tmp_path}/one.tif")
+
+
+def test_frames_are_moved_to_where_another_one_shows_the_field(clean_stack):
+    frame = gaussian_filter(clean_stack[20], 1.0)
+    seen = shift(frame, (1.3, -0.8), order=3, mode="mirror")
+    noisy = seen + np.random.default_rng(0).normal(0, 5, seen.shape)
+    inside = np.s_[8:-8, 8:-8]
+    apart = [np.abs(x - seen)[inside].mean() for x in (_moved_onto(frame, noisy), frame)]
+    assert apart[0] < 0.2 * apart[1]
