@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.jobs import read_recording
 from benchmarks.memory import peak_resident_bytes
 from benchmarks.methods import METHODS, Method, Score
 from restormer3d.artefacts.planes import find_planes, of_one_image
@@ -108,8 +109,7 @@ def _scene_cell(job: dict[str, Any], method: Method, workspace: Path, target: Pa
 
 def _real_cell(job: dict[str, Any], method: Method, workspace: Path, _: Path) -> dict[str, Any]:
     """Score without truth: held-out frames, then, but for an oracle, what is left in the residual."""
-    with open_stack(job["path"]) as stack:
-        recording = stack[tuple(slice(*span) for span in job["crop"]) or slice(None)]
+    recording = read_recording(job)
     cell: dict[str, Any] = {"noise": _noise(recording)} if job["method"] == "raw" else {}
     found = find_planes(recording)
     planes = 1 if found is None else found.count  # as `evaluate --real`: every other turn is held out

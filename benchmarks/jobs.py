@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cyclopts import App
 
 from benchmarks.methods import METHODS
+from restormer3d.stacks import open_stack
 
 FIRST_SEED = 5000  # scene k has seed 5000 + k: no scene of pretraining or of its validation
 _CROPPED = re.compile(r"(?P<path>.+?)(?P<crop>(:\d+){2}|(:\d+){6})?")
@@ -93,6 +95,12 @@ def real_job(row: dict[str, Any], text: str) -> dict[str, Any]:
     job = {"kind": "real", "recording": path.name, "crop": [[span.start, span.stop] for span in spans]}
     job["sha256"] = file_sha256(path)  # two labs may have files of one name
     return row | job | {"path": str(path.resolve())}
+
+
+def read_recording(job: dict[str, Any]) -> np.ndarray:
+    """Read what a job of :func:`real_job` looks at, (T, H, W)."""
+    with open_stack(job["path"]) as stack:
+        return stack[tuple(slice(*span) for span in job["crop"]) or slice(None)]
 
 
 def cell_file(folder: Path, job: dict[str, Any]) -> Path:

@@ -16,13 +16,12 @@ import numpy as np
 from cyclopts import App
 from scipy.ndimage import gaussian_filter, shift
 
-from benchmarks.jobs import real_job, run_app, without_folders
+from benchmarks.jobs import read_recording, real_job, run_app, without_folders
 from benchmarks.tables import publish, recording_name
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
 from restormer3d.report import held_out_frame_error
 from restormer3d.settings import settings
-from restormer3d.stacks import open_stack
 
 BEGIN = "<!-- movement table: begin (written by benchmarks.movement --write; edit nothing here by hand) -->"
 END = "<!-- movement table: end -->"
@@ -66,8 +65,7 @@ def movement(*recordings: str, iterations: int = 0, write: Path | None = None) -
 
 
 def _table(job: dict[str, Any], iterations: int) -> str:
-    with open_stack(job["path"]) as stack:
-        recording = stack[tuple(slice(*span) for span in job["crop"]) or slice(None)]
+    recording = read_recording(job)
     noise = held_out_frame_error(recording, lambda frames: frames[:]).noise_variance
     scores = []
     methods: dict[Method, str] = {

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from cyclopts import App
 
-from benchmarks.jobs import real_job, run_app, without_folders
+from benchmarks.jobs import read_recording, real_job, run_app, without_folders
 from benchmarks.tables import publish, recording_name
 from restormer3d.artefacts.planes import find_planes, in_turns, one_plane
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
 from restormer3d.report import held_out_frame_error
 from restormer3d.settings import Settings, settings
-from restormer3d.stacks import open_stack
 
 BEGIN = "<!-- planes table: begin (written by benchmarks.planes --write; edit nothing here by hand) -->"
 END = "<!-- planes table: end -->"
@@ -56,8 +55,7 @@ def planes(*recordings: str, iterations: int = 0, write: Path | None = None) -> 
 
 
 def _table(job: dict[str, Any], iterations: int) -> str:
-    with open_stack(job["path"]) as stack:
-        recording = stack[tuple(slice(*span) for span in job["crop"]) or slice(None)]
+    recording = read_recording(job)
     found = find_planes(recording)
     if found is None:
         raise ValueError(f"{job['recording']}: expected a recording of several planes, found one")
