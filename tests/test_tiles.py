@@ -13,7 +13,7 @@ import pytest
 import tifffile
 import torch
 
-from restormer3d import denoising, spool
+from restormer3d import spool
 from restormer3d.activity import tiles
 from restormer3d.activity.tiles import in_tiles, part_shape, tile_places, tile_shape, waiting_bytes
 from restormer3d.artefacts.borders import FilledBorders, WithoutBorders
@@ -231,7 +231,7 @@ def test_a_compressed_stack_is_decoded_once(tmp_path, monkeypatch):
     expected = array_and_record(stack, settings(iterations=0))[0]
     with open_stack(path) as opened:
         np.testing.assert_array_equal(decoded(opened), stack)
-        monkeypatch.setattr(denoising, "_CACHE_BYTES", 1000)
+        monkeypatch.setattr(spool, "_HELD", 1000)
         read, decode = [], TiffStack._decode
 
         def counted(self, frame):
