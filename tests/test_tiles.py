@@ -18,6 +18,7 @@ from restormer3d.activity import tiles
 from restormer3d.activity.tiles import in_tiles, part_shape, tile_places, tile_shape, waiting_bytes
 from restormer3d.artefacts.borders import FilledBorders, WithoutBorders
 from restormer3d.artefacts.planes import WithoutPlanes, one_plane
+from restormer3d.artefacts.scan_lines import AlignedLines
 from restormer3d.artefacts.spikes import WithoutSpikes
 from restormer3d.artefacts.stimulus_light import Steadied, WithoutLight
 from restormer3d.denoising import array_and_record, start_denoising
@@ -267,6 +268,7 @@ def wrapped(stack):
         "borders": WithoutBorders(stack, filled, rng.normal(size=(height, width))),
         "spikes": WithoutSpikes(stack, places, rng.integers(0, 9, len(places)).astype(stack.dtype)),
         "light": WithoutLight(stack, rng.random((frames, height)).astype(np.float32)),
+        "lines": AlignedLines(stack, -2),
         "steadied": Steadied(stack, kept, np.array([0, 1, 2, 4, 5, 6])),
     }
 

@@ -30,8 +30,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     -------
     dict
         File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
-        dark or repeats, frames whose borders registration has filled, voxels that a cosmic ray has hit, frames lit by
-        a stimulus, how the field moves, noise (photon transfer, correlation) and blind spot.
+        dark or repeats, frames whose borders registration has filled, voxels that a cosmic ray has hit, how far every
+        other line is displaced, frames lit by a stimulus, how the field moves, noise (photon transfer, correlation) and
+        blind spot.
 
     Raises
     ------
@@ -69,6 +70,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "idle_frames": aside.record["idle_frames"],
             "filled_borders": aside.record["filled_borders"],
             "spikes": aside.record["spikes"],
+            "line_shift": aside.record["line_shift"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
             "movement": None if moving is None else moving.record(),
             "noise": asdict(noise) | {"offset": noise.offset + level},
@@ -102,6 +104,8 @@ def describe(facts: dict[str, Any]) -> str:
         "borders": f"filled by registration in {facts['filled_borders']} frames: they stay as they are"
         * bool(facts["filled_borders"]),
         "spikes": f"{facts['spikes']} voxels are as if hit by a cosmic ray: they are replaced" * bool(facts["spikes"]),
+        "lines": f"every other one is displaced by {abs(facts['line_shift'])} pixels: they are aligned, and put back"
+        * bool(facts["line_shift"]),
         "planes": _planes_in_words(facts["planes"]),
         "movement": _movement_in_words(facts["movement"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
