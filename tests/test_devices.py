@@ -67,24 +67,25 @@ def test_double_precision_is_computed_where_there_is_any():
         assert float64_device(device) == torch.device(where)
 
 
-@pytest.mark.parametrize("float64", [True, False])
 @pytest.mark.parametrize("changed", [{"iterations": 2}, {"iterations": 0, "symmetries": 4}])
-def test_a_stack_is_denoised_as_on_the_cpu(changed, float64, monkeypatch):
+def test_a_stack_is_denoised_as_on_the_cpu(changed, monkeypatch):
     expected = denoised(NOISY, torch.device("cpu"), **changed)
-    with device_with(monkeypatch, float64) as device:
-        np.testing.assert_allclose(denoised(NOISY, device, **changed), expected, rtol=1e-4, atol=1e-3 * expected.std())
+    for float64 in (True, False):
+        with monkeypatch.context() as patched, device_with(patched, float64) as device:
+            found = denoised(NOISY, device, **changed)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.std(), err_msg=f"{float64=}")
 
 
-@pytest.mark.parametrize("float64", [True, False])
 @pytest.mark.parametrize("part", [(32, 24, 28), (52, 17, 28), (32, 24, 20)], ids=["frames", "tiles", "both"])
-def test_so_are_planes_and_a_long_recording_in_parts(float64, part, monkeypatch):
+def test_so_are_planes_and_a_long_recording_in_parts(part, monkeypatch):
     monkeypatch.setattr(refinement, "part_shape", lambda *_: part)
     other = photons(blinking_cells(52, 24, 28, seed=4) + 400, seed=4)
     in_turns = np.stack([NOISY, other], 1).reshape(-1, *NOISY.shape[1:])
     expected = denoised(in_turns, torch.device("cpu"), iterations=0, planes=2)
-    with device_with(monkeypatch, float64) as device:
-        found = denoised(in_turns, device, iterations=0, planes=2)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.std())
+    for float64 in (True, False):
+        with monkeypatch.context() as patched, device_with(patched, float64) as device:
+            found = denoised(in_turns, device, iterations=0, planes=2)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.std(), err_msg=f"{float64=}")
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["blind spot", "second recording"])
