@@ -245,9 +245,9 @@ def _two_close_planes(s: _Trial) -> _Recording:
     return s.both(clean)
 
 
-def _shifted_lines(s: _Trial) -> _Recording:
+def _shifted_lines(s: _Trial, by: float = 2.0) -> _Recording:
     clean = s.clean.copy()
-    clean[:, 1::2] = np.roll(clean[:, 1::2], 2, 2)
+    clean[:, 1::2] = shift(clean[:, 1::2], (0, 0, by), order=3, mode="grid-wrap")
     return s.both(clean)
 
 
@@ -313,6 +313,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "two planes by turns": _two_planes,
     "two planes by turns, of the same activity": _two_close_planes,
     "every other line shifted by 2 pixels": _shifted_lines,
+    "every other line shifted by half a pixel": lambda s: _shifted_lines(s, 0.5),
     "slow drift to another plane": _drift_in_depth,
     "few photons": _few_photons,
     "light, 50 ADU in 8 frames": lambda s: _with_light(s, 50),

@@ -104,7 +104,7 @@ def describe(facts: dict[str, Any]) -> str:
         "borders": f"filled by registration in {facts['filled_borders']} frames: they stay as they are"
         * bool(facts["filled_borders"]),
         "spikes": f"{facts['spikes']} voxels are as if hit by a cosmic ray: they are replaced" * bool(facts["spikes"]),
-        "lines": f"every other one is displaced by {abs(facts['line_shift'])} pixels: they are aligned, and put back"
+        "lines": f"every other one is displaced by {abs(facts['line_shift']):.2g} pixels: aligned, and put back"
         * bool(facts["line_shift"]),
         "planes": _planes_in_words(facts["planes"]),
         "movement": _movement_in_words(facts["movement"]),

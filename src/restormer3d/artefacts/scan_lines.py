@@ -1,6 +1,7 @@
 """Lines of a bidirectional scan: every other one is read the other way round, and lies displaced if the mirror is late.
 
-Neighbors along y then show other tissue. Whole pixels are taken back, which mixes no noise, and put back afterwards.
+Neighbors along y then show other tissue. Lines are aligned, and denoised ones displaced again: by whole pixels around
+the border of the field, by fractions as a Fourier series, which leaves white noise white.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.fft
 from scipy.ndimage import gaussian_filter1d
 
+from restormer3d.threads import thread_count
 from restormer3d.views import ChangedStack
 
 _LEAST_SIDE = 32  # pixels of a field whose lines can be compared
@@ -20,53 +23,51 @@ _FARTHEST = 32  # or by so many pixels
 _SAMPLE = 512  # frames that the image is made of, at most
 _BAND = (0.7, 5.0)  # pixels of Gaussian filters along x, between which lines tell of their displacement
 _PARTS = 6  # of the field along y and along x, each of which tells of it by itself
-_SURE = 4.0  # standard errors, by which neighbors are more alike than as recorded
+_SURE = 4.0  # standard errors, by which lines are displaced
 _ALIKE = 0.2  # correlation of neighbors' detail, that is no chance
+_PASSES = 4  # of measuring what is left of a fraction
+_LEAST = 0.1  # pixels, a fraction worth aligning
 
 
 @dataclass(frozen=True)
 class AlignedLines(ChangedStack):
-    """A stack (T, H, W) whose odd lines are moved to the left, around the field's border.
+    """A stack (T, H, W) whose odd lines are moved to the left.
 
     Parameters
     ----------
     stack : stack of shape (T, H, W)
         As recorded.
-    shift : int
+    shift : float
         Pixels by which odd lines are displaced to the right, as :func:`line_shift` finds it.
     """
 
-    shift: int
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of what slicing gives: as recorded, for no value changes."""
-        return self.stack.dtype
+    shift: float
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Slice as the stack does, along x too: whole lines are read."""
         times, *crop = index if isinstance(index, tuple) else (index,)
         rows, columns = [*crop, slice(None), slice(None)][:2]
-        lines = np.array(self.stack[times, rows] if crop else self.stack[times])
+        lines = np.array(self.stack[times, rows] if crop else self.stack[times], self.dtype)
         odd = np.arange(self.shape[1])[rows] % 2 == 1
-        lines[..., odd, :] = np.roll(lines[..., odd, :], -self.shift, -1)
+        lines[..., odd, :] = _displaced(lines[..., odd, :], -self.shift)
         return lines[..., columns]
 
 
-def line_shift(stack: Any) -> int:
+def line_shift(stack: Any) -> float:
     """Pixels by which odd lines of a stack (T, H, W) are displaced to the right against even ones, in all frames.
 
-    Lines are compared with those below, in the mean of the frames. Displaced ones are more alike if they are moved
-    back, in all parts of the field; what they are displaced by in other ways than every other one tells nothing.
+    Lines of the mean of the frames are compared with those below: whole pixels are found by correlation, fractions by
+    regression on slopes, in parts of the field. What lines are displaced by in other ways than every other one cancels.
 
     Returns
     -------
-    int
-        0 if neighbors are not surely more alike displaced; also of fields of fewer than 32 pixels.
+    float
+        Whole pixels, unless a tenth of one is surely left; 0 if neighbors are not surely more alike displaced, and of
+        fields of fewer than 32 pixels.
     """
     frames, height, width = stack.shape
     if min(height, width) < _LEAST_SIDE:
-        return 0
+        return 0.0
     image = np.zeros((height, width))
     for t in np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int)):
         image += stack[int(t)]
@@ -74,30 +75,64 @@ def line_shift(stack: Any) -> int:
     for parity in (0, 1):  # lines that are displaced alike tell of one another
         detail[parity::2] = gaussian_filter1d(detail[parity::2], _BAND[0], axis=0)
     reach = min(width // _REACH, _FARTHEST)
-    lags = range(-reach, reach + 1)
     inside = slice(reach, width - reach)
     power = np.maximum(_in_parts(np.square(detail)[:, inside]), 1e-30)
-    alike = np.array([_in_parts(_products(_moved(detail, -lag)[:, inside])) for lag in lags]) / power  # (lags, parts)
+    whole = _whole_pixels(detail, inside, reach, power)
+    return whole + _fraction(_moved(detail, -whole), inside, power)
+
+
+def put_back(frames: Iterator[np.ndarray], shift: float) -> Iterator[np.ndarray]:
+    """Move odd lines of denoised frames (H, W) to where they were, as they come."""
+    for frame in frames:
+        yield _moved(frame, shift)
+
+
+def _moved(image: np.ndarray, by: float) -> np.ndarray:
+    """Move odd lines of an image (H, W) to the right."""
+    moved = image.copy()
+    moved[1::2] = _displaced(image[1::2], by)
+    return moved
+
+
+def _displaced(lines: np.ndarray, by: float) -> np.ndarray:
+    """Move lines (..., W) to the right: whole pixels around the border, a fraction of one as if mirrored there."""
+    width, whole = lines.shape[-1], round(by)
+    if whole == by or not lines.size:
+        return np.roll(lines, whole, -1)
+    mirrored = np.concatenate([lines, lines[..., ::-1]], -1)
+    spectrum = np.asarray(scipy.fft.rfft(mirrored, workers=thread_count()))
+    turn = np.exp(-1j * np.pi * np.arange(width + 1) / width * (by - whole)).astype(spectrum.dtype)
+    moved = np.asarray(scipy.fft.irfft(spectrum * turn, 2 * width, workers=thread_count()))[..., :width]
+    return np.roll(moved.astype(lines.dtype, copy=False), whole, -1)
+
+
+def _whole_pixels(detail: np.ndarray, inside: slice, reach: int, power: np.ndarray) -> int:
+    lags = range(-reach, reach + 1)
+    moved = (_moved(detail, -lag)[:, inside] for lag in lags)
+    alike = np.array([_in_parts(lines[:-1] * lines[1:]) for lines in moved]) / power  # (lags, parts)
     best = int(alike.sum(1).argmax())
     gain = alike[best] - alike[reach]
     error = gain.std(ddof=1) / np.sqrt(gain.size)
     return lags[best] if gain.mean() > _SURE * error and alike[best].mean() > _ALIKE else 0
 
 
-def put_back(frames: Iterator[np.ndarray], shift: int) -> Iterator[np.ndarray]:
-    """Move odd lines of denoised frames (H, W) to where they were, as they come."""
-    for frame in frames:
-        yield _moved(frame, shift)
-
-
-def _moved(image: np.ndarray, by: int) -> np.ndarray:
-    moved = image.copy()
-    moved[1::2] = np.roll(image[1::2], by, 1)
-    return moved
-
-
-def _products(lines: np.ndarray) -> np.ndarray:
-    return lines[:-1] * lines[1:]
+def _fraction(detail: np.ndarray, inside: slice, power: np.ndarray) -> float:
+    """What odd lines (H, W) are displaced by, if it is less than a pixel; 0 if it is not surely worth aligning."""
+    found, error = 0.0, np.inf
+    sign = np.where(np.arange(1, len(detail) - 1) % 2 == 1, 1, -1)[:, None]
+    for _ in range(_PASSES):
+        lines = _moved(detail, -found)
+        around, slopes = (lines[:-2] + lines[2:]) / 2, np.gradient(lines, axis=1)
+        slopes_around = (slopes[:-2] + slopes[2:]) / 2
+        pulls = _in_parts((sign * slopes_around * (around - lines[1:-1]))[:, inside]) / power
+        # Of both, for what noise they have is not the same: it would be taken for steep.
+        steepness = _in_parts((slopes[1:-1] * slopes_around)[:, inside]) / power
+        if steepness.mean() <= _SURE * steepness.std(ddof=1) / np.sqrt(len(steepness)):
+            return 0.0
+        without = (pulls.sum() - pulls) / (steepness.sum() - steepness)
+        error = np.sqrt((len(pulls) - 1) * np.square(without - without.mean()).mean())
+        found += float(pulls.sum() / steepness.sum())
+    return found if _LEAST < abs(found) < 1 and abs(found) > _SURE * error else 0.0
 
 
 def _in_parts(values: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ class SetAside(NamedTuple):
     light : numpy.ndarray or None
         Light of a stimulus that was taken away from its rows, (T, H).
     record : dict
-        What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `line_shift`, `spikes`,
+        What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `spikes`, `line_shift`,
         `stimulus_light`.
     undo : tuple of function
         Each puts one thing back into denoised frames, the last one first.
@@ -62,15 +62,15 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
     if record["level"]:
         stack = Lowered(stack, record["level"])
         undo.append(partial(_raised, level=record["level"]))
-    record |= {"idle_frames": 0, "filled_borders": 0, "line_shift": 0, "spikes": 0}
+    record |= {"idle_frames": 0, "filled_borders": 0, "spikes": 0, "line_shift": 0.0}
     if parts.mend:
         frames = stack.shape[0]
         stack = _without_idle(stack, parts, undo, say)
         record["idle_frames"] = frames - stack.shape[0]
         noise = estimate_noise(stack)
         stack, record["filled_borders"] = _without_borders(stack, noise, undo, say)
-        stack, record["line_shift"] = _with_lines_aligned(stack, undo, say)
         stack, record["spikes"] = _without_spikes(stack, noise, say)
+        stack, record["line_shift"] = _with_lines_aligned(stack, undo, say)
     light = None
     if parts.stimulus_light:
         stack, light = _without_light(stack, undo, say)
@@ -111,19 +111,6 @@ def _without_borders(stack: Any, noise: NoiseEstimate, undo: list[_PutBack], say
     return stack, int(stack.borders.widths.any(1).sum())
 
 
-def _with_lines_aligned(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, int]:
-    """Move every other line back to where those between are; by how many pixels."""
-    shift = scan_lines.line_shift(stack)
-    if not shift:
-        return stack, 0
-    say(
-        f"every other line is displaced by {abs(shift)} pixels, as of a bidirectional scan: lines are aligned before "
-        "denoising, and displaced again afterwards"
-    )
-    undo.append(partial(scan_lines.put_back, shift=shift))
-    return scan_lines.AlignedLines(stack, shift), shift
-
-
 def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:
     """Replace voxels that a cosmic ray has hit, for good; how many."""
     stack = spikes.without_spikes(stack, noise)
@@ -131,6 +118,19 @@ def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, in
     if count:
         say(f"{count} voxels are far brighter than all around, as if hit by a cosmic ray: they are replaced")
     return stack, count
+
+
+def _with_lines_aligned(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, float]:
+    """Move every other line back to where those between are; by how many pixels."""
+    shift = scan_lines.line_shift(stack)
+    if not shift:
+        return stack, 0.0
+    say(
+        f"every other line is displaced by {abs(shift):.2g} pixels, as of a bidirectional scan: lines are aligned "
+        "before denoising, and displaced again afterwards"
+    )
+    undo.append(partial(scan_lines.put_back, shift=shift))
+    return scan_lines.AlignedLines(stack, shift), shift
 
 
 def _without_light(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, np.ndarray | None]:
