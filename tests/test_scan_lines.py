@@ -87,7 +87,7 @@ def test_fractions_are_moved_and_put_back(noisy):
         assert apart.std() < 0.01 * smooth.std()
         apart = np.stack(list(put_back(iter(moved[:]), by))) - smooth
         assert apart[:, :, 6:-6].std() < 0.01 * smooth.std()
-        assert apart.std() < 0.05 * smooth.std()  # half of a pixel at the border is not there
+        assert apart.std() < 0.03 * smooth.std()  # half of a pixel at the border is not there
         np.testing.assert_array_equal(moved[3:5, 2:9, 7:50], moved[3:5][:, 2:9, 7:50])
 
 

@@ -49,7 +49,7 @@ class AlignedLines(ChangedStack):
         rows, columns = [*crop, slice(None), slice(None)][:2]
         lines = np.array(self.stack[times, rows] if crop else self.stack[times], self.dtype)
         odd = np.arange(self.shape[1])[rows] % 2 == 1
-        lines[..., odd, :] = _displaced(lines[..., odd, :], -self.shift)
+        lines[..., odd, :] = _aligned(lines[..., odd, :], self.shift)
         return lines[..., columns]
 
 
@@ -78,37 +78,44 @@ def line_shift(stack: Any) -> float:
     inside = slice(reach, width - reach)
     power = np.maximum(_in_parts(np.square(detail)[:, inside]), 1e-30)
     whole = _whole_pixels(detail, inside, reach, power)
-    return whole + _fraction(_moved(detail, -whole), inside, power)
+    return whole + _fraction(_with_odd_aligned(detail, whole), inside, power)
 
 
 def put_back(frames: Iterator[np.ndarray], shift: float) -> Iterator[np.ndarray]:
     """Move odd lines of denoised frames (H, W) to where they were, as they come."""
     for frame in frames:
-        yield _moved(frame, shift)
+        displaced = frame.copy()
+        whole = round(shift)
+        displaced[1::2] = _by_a_fraction(np.roll(frame[1::2], whole, -1), shift - whole)
+        yield displaced
 
 
-def _moved(image: np.ndarray, by: float) -> np.ndarray:
-    """Move odd lines of an image (H, W) to the right."""
-    moved = image.copy()
-    moved[1::2] = _displaced(image[1::2], by)
-    return moved
+def _aligned(lines: np.ndarray, shift: float) -> np.ndarray:
+    """Move lines (..., W) to the left: by a fraction as if mirrored at the border, then by whole pixels around it."""
+    whole = round(shift)
+    return np.roll(_by_a_fraction(lines, whole - shift), -whole, -1)
 
 
-def _displaced(lines: np.ndarray, by: float) -> np.ndarray:
-    """Move lines (..., W) to the right: whole pixels around the border, a fraction of one as if mirrored there."""
-    width, whole = lines.shape[-1], round(by)
-    if whole == by or not lines.size:
-        return np.roll(lines, whole, -1)
+def _by_a_fraction(lines: np.ndarray, by: float) -> np.ndarray:
+    if not by or not lines.size:
+        return lines
+    width = lines.shape[-1]
     mirrored = np.concatenate([lines, lines[..., ::-1]], -1)
     spectrum = np.asarray(scipy.fft.rfft(mirrored, workers=thread_count()))
-    turn = np.exp(-1j * np.pi * np.arange(width + 1) / width * (by - whole)).astype(spectrum.dtype)
-    moved = np.asarray(scipy.fft.irfft(spectrum * turn, 2 * width, workers=thread_count()))[..., :width]
-    return np.roll(moved.astype(lines.dtype, copy=False), whole, -1)
+    turn = np.exp(-1j * np.pi * np.arange(width + 1) / width * by).astype(spectrum.dtype)
+    moved = np.asarray(scipy.fft.irfft(spectrum * turn, 2 * width, workers=thread_count()))
+    return moved[..., :width].astype(lines.dtype, copy=False)
+
+
+def _with_odd_aligned(image: np.ndarray, shift: float) -> np.ndarray:
+    aligned = image.copy()
+    aligned[1::2] = _aligned(image[1::2], shift)
+    return aligned
 
 
 def _whole_pixels(detail: np.ndarray, inside: slice, reach: int, power: np.ndarray) -> int:
     lags = range(-reach, reach + 1)
-    moved = (_moved(detail, -lag)[:, inside] for lag in lags)
+    moved = (_with_odd_aligned(detail, lag)[:, inside] for lag in lags)
     alike = np.array([_in_parts(lines[:-1] * lines[1:]) for lines in moved]) / power  # (lags, parts)
     best = int(alike.sum(1).argmax())
     gain = alike[best] - alike[reach]
@@ -121,7 +128,7 @@ def _fraction(detail: np.ndarray, inside: slice, power: np.ndarray) -> float:
     found, error = 0.0, np.inf
     sign = np.where(np.arange(1, len(detail) - 1) % 2 == 1, 1, -1)[:, None]
     for _ in range(_PASSES):
-        lines = _moved(detail, -found)
+        lines = _with_odd_aligned(detail, found)
         around, slopes = (lines[:-2] + lines[2:]) / 2, np.gradient(lines, axis=1)
         slopes_around = (slopes[:-2] + slopes[2:]) / 2
         pulls = _in_parts((sign * slopes_around * (around - lines[1:-1]))[:, inside]) / power
