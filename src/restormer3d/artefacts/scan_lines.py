@@ -14,6 +14,7 @@ import numpy as np
 import scipy.fft
 from scipy.ndimage import gaussian_filter1d
 
+from restormer3d.normalization import sample_frames
 from restormer3d.threads import thread_count
 from restormer3d.views import ChangedStack
 
@@ -69,7 +70,7 @@ def line_shift(stack: Any) -> float:
     if min(height, width) < _LEAST_SIDE:
         return 0.0
     image = np.zeros((height, width))
-    for t in np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int)):
+    for t in sample_frames(frames, _SAMPLE):
         image += stack[int(t)]
     detail = gaussian_filter1d(image, _BAND[0], axis=1) - gaussian_filter1d(image, _BAND[1], axis=1)
     for parity in (0, 1):  # lines that are displaced alike tell of one another
