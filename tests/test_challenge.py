@@ -358,6 +358,21 @@ def test_the_network_is_given_up_only_when_it_falls_far_behind(monkeypatch):
         progress("train", 3, 100)
 
 
+def test_what_is_done_before_says_nothing_of_the_networks_speed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
+    progress = job.watch(1000, TrainingConfig(), str)
+    for stage in ("check", "movement", "move, plane 1 of 2"):
+        progress(stage, 1, 100)
+        clock[0] += 100  # the whole would take ten times as long as there is
+        progress(stage, 2, 100)
+    progress("train", 1, 100)
+    clock[0] += 30
+    with pytest.raises(job.TooSlowError) as slow:
+        progress("train", 2, 100)
+    assert slow.value.prepared == 300
+
+
 @pytest.mark.parametrize("stage", ["train", "train, plane 1 of 2"])
 def test_a_training_that_may_end_early_is_foreseen_to_its_next_check(monkeypatch, stage):
     clock = [0.0]

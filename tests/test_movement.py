@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter1d, shift
 
 from restormer3d import spool
 from restormer3d.artefacts import movement
-from restormer3d.artefacts.movement import MovedBack, field_movement, put_back, static_image
+from restormer3d.artefacts.movement import MovedBack, field_movement, follow_movement, put_back, static_image
 from restormer3d.config import InferenceConfig
 from restormer3d.denoising import array_and_record
 from restormer3d.inspection import describe, inspect
@@ -238,6 +238,20 @@ def test_moved_frames_wait_in_a_file_or_stay_as_they_are(moving, monkeypatch):
     assert any("no room" in text for text in said)
     assert record["movement"]["followed_up_to"] == [0, 0]
     np.testing.assert_array_equal(left, array_and_record(noisy, settings(movement="none"), method="svd")[0])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_progress_of_looking_and_of_moving_is_told(moving, monkeypatch, in_memory):
+    told: dict[str, list[tuple[int, int]]] = {"movement": [], "move": []}
+    if not in_memory:
+        monkeypatch.setattr(spool, "_HELD", 1000)
+    monkeypatch.setattr(movement, "_SAMPLE", 40)  # fewer than there are
+    follow_movement(moving[1], jitter=True, progress=lambda stage, *done: told[stage].append(done))
+    assert told["move"] == [(done, 90) for done in range(1, 91)]
+    done, totals = np.array(told["movement"]).T
+    assert (np.diff(done) > 0).all()
+    assert done[-1] == 3 * 40 + 3 * 90
+    assert set(totals) == {done[-1]}
 
 
 def test_planes_of_their_own_activity_move_each_by_itself(wider):

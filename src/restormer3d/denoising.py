@@ -135,7 +135,7 @@ def _denoise_one(
     asked = chosen.inference.movement
     followed = Followed(stack, None)
     if asked != "none" and images is None and not isinstance(stack, Steadied):
-        followed = follow_movement(stack, jitter=asked == "all", seconds=seconds, say=say)
+        followed = follow_movement(stack, jitter=asked == "all", seconds=seconds, progress=progress, say=say)
     stack = followed.stack
     if method != "restormer3d":
         denoised = by_filter(stack, images, chosen, method, progress, say)

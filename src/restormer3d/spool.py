@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from tempfile import SpooledTemporaryFile, TemporaryFile, gettempdir
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from restormer3d.progress import silent
 from restormer3d.views import each_frame
 
 _IN_MEMORY = 2**28  # bytes that wait there at most,
@@ -62,21 +63,23 @@ def spooled(sequences: Iterable[Iterator[np.ndarray]]) -> Iterator[list[np.ndarr
     return read()
 
 
-def held(stack: Any) -> np.ndarray | None:
+def held(stack: Any, advance: Callable[[int], None] = silent) -> np.ndarray | None:
     """Read all frames of a stack (T, H, W) into memory, or into a temporary file if they are many; None without room.
 
-    Of more than 1 GB, or than a quarter of the memory that is free, that file holds them.
+    Of more than 1 GB, or than a quarter of the memory that is free, that file holds them. `advance` is called with how
+    many were read.
     """
     size = int(np.prod(stack.shape)) * np.dtype(stack.dtype).itemsize
     if size > min(_HELD, psutil.virtual_memory().available // 4):
-        return decoded(stack) if has_room(size) else None
+        return decoded(stack, advance) if has_room(size) else None
     values = np.empty(stack.shape, stack.dtype)
     for t, frame in each_frame(stack):
         values[t] = frame
+        advance(t + 1)
     return values
 
 
-def decoded(stack: Any) -> np.ndarray:
+def decoded(stack: Any, advance: Callable[[int], None] = silent) -> np.ndarray:
     """Read all frames of a stack (T, H, W) into a temporary file, of which memory holds what is in use.
 
     Raises
@@ -87,9 +90,10 @@ def decoded(stack: Any) -> np.ndarray:
     with ExitStack() as until_mapped:
         with _room():
             kept = until_mapped.enter_context(TemporaryFile())
-        for _, frame in each_frame(stack):
+        for t, frame in each_frame(stack):
             with _room():
                 kept.write(np.ascontiguousarray(frame).data)
+            advance(t + 1)
         with _room():
             kept.flush()
         return np.memmap(kept, stack.dtype, "c", shape=stack.shape)  # may be written to, the file stays as it is

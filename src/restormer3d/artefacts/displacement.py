@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import binary_erosion, gaussian_filter, maximum_filter, median_filter, shift
 
+from restormer3d.progress import silent
 from restormer3d.threads import thread_count
 from restormer3d.views import SomeFrames
 
@@ -224,11 +225,18 @@ class Parts:
 
 
 def measured_by_parts(
-    stack: Any, bins: int, numbers: np.ndarray, shifts: np.ndarray, images: Images, moves: np.ndarray
+    stack: Any,
+    bins: int,
+    numbers: np.ndarray,
+    shifts: np.ndarray,
+    images: Images,
+    moves: np.ndarray,
+    advance: Callable[[int], None] = silent,
 ) -> tuple[Parts, Images]:
     """What parts of some frames, moved back by shifts (T, 2), tell of what is left; and new images of these frames.
 
-    Only pixels that may move (h, w) count, and only if all around may: the edge of a mask does not.
+    Only pixels that may move (h, w) count, and only if all around may: the edge of a mask does not. `advance` is called
+    with how many frames were looked at.
     """
     means = images.means()  # (2, h, w)
     height, width = means.shape[1:]
@@ -257,6 +265,7 @@ def measured_by_parts(
             by_both = apart[:, *place].reshape(len(block), -1) @ np.concatenate([each[number] for each in looked_for]).T
             products[number, done : done + len(block)] = by_both.reshape(-1, 2, 4)[np.arange(len(block)), other]
         done += len(block)
+        advance(done)
     for number, place in enumerate(places):
         square[number] = sum(looked_for[group][number] @ patterns[1 - group][number].T for group in (0, 1)) / 2
         between[number] = sum(each[number] for each in looked_for) / 2 @ (means[1] - means[0])[place].ravel()

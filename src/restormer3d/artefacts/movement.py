@@ -28,7 +28,8 @@ from restormer3d.artefacts.displacement import (
     small_frames,
     stands_alone,
 )
-from restormer3d.progress import Say, silent
+from restormer3d.normalization import sample_frames
+from restormer3d.progress import Progress, Say, silent
 from restormer3d.spool import held
 from restormer3d.threads import thread_count
 from restormer3d.views import ChangedStack
@@ -141,7 +142,9 @@ class Followed:
         return put_back(frames, self.movement.shifts, self.field)
 
 
-def follow_movement(stack: Any, *, jitter: bool, seconds: float | None = None, say: Say = silent) -> Followed:
+def follow_movement(
+    stack: Any, *, jitter: bool, seconds: float | None = None, progress: Progress = silent, say: Say = silent
+) -> Followed:
     """Move frames back to where the field is on average, if it moves, and say what was found.
 
     Arguments as for :func:`field_movement`. Moved frames wait in memory, or in a temporary file if they are many; where
@@ -150,7 +153,7 @@ def follow_movement(stack: Any, *, jitter: bool, seconds: float | None = None, s
     if seconds is not None and _MOVES * _seconds_of_a_move(stack) * stack.shape[0] > _SHARE_OF_TIME * seconds:
         say("whether the field moves is not looked for, for want of time: frames stay where they are")
         return Followed(stack, None)
-    movement = field_movement(stack, jitter=jitter)
+    movement = field_movement(stack, jitter=jitter, progress=progress)
     if movement is None:
         return Followed(stack, None)
     down, along = movement.deviation
@@ -162,7 +165,7 @@ def follow_movement(stack: Any, *, jitter: bool, seconds: float | None = None, s
         )
         return Followed(stack, movement)
     image = static_image(stack, movement.shifts)
-    values = held(MovedBack(stack, movement.shifts, image))
+    values = held(MovedBack(stack, movement.shifts, image), lambda done: progress("move", done, stack.shape[0]))
     if values is None:
         say(f"{moves}, which is left as it is: the folder for temporary files has no room for moved frames")
         return Followed(stack, replace(movement, shifts=np.zeros_like(movement.shifts)))
@@ -181,7 +184,7 @@ def _seconds_of_a_move(stack: Any) -> float:
     return time.monotonic() - started
 
 
-def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
+def field_movement(stack: Any, *, jitter: bool, progress: Progress = silent) -> Movement | None:
     """Measure by how much each frame shows the field displaced, if it moves.
 
     Whole pixels are found by correlation with the mean of the frames, fractions by regression on the slopes of that
@@ -195,6 +198,8 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     jitter : bool
         Whether to follow movement of which only the frame itself tells, too. Else it is followed as far as it goes on:
         if the frames around foretell less than a third of it, with the filter along time that foretells most.
+    progress : function, optional
+        Called with (stage, done, total).
 
     Returns
     -------
@@ -206,7 +211,7 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     if frames < _LEAST_FRAMES or min(sides) < _LEAST_SIDE:
         return None
     bins = max(1, min(-(-max(sides) // _SIDE), min(sides) // _LEAST_SIDE))
-    some = np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int))
+    some = sample_frames(frames, _SAMPLE)
     groups = np.random.default_rng(0).permutation(frames) % 2
     places = field_finder(stack, some, groups)
     shifts = np.zeros((frames, 2))
@@ -215,12 +220,16 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     shifts[some] -= level
     images, unmoved, moves = _first_images(stack, bins, some, shifts, groups)
     everything, looked_at = np.arange(frames), some
+    first, seen = _PASSES // 2, 0
+    to_see = first * len(some) + (_PASSES - first) * frames
     parts: Parts | None = None
     for number in range(_PASSES):
-        if number == _PASSES // 2 and len(some) < frames:
+        if number == first and len(some) < frames:
             others, looked_at = np.setdiff1d(everything, some), everything
             shifts[others] = np.rint(places(others) / bins) - level
-        parts, images = measured_by_parts(stack, bins, looked_at, shifts, images, moves)
+        advance = partial(_advance, progress, seen, to_see)
+        parts, images = measured_by_parts(stack, bins, looked_at, shifts, images, moves, advance)
+        seen += len(looked_at)
         measured = _courses(parts, jitter=True)
         if not measured.any():
             return None
@@ -239,6 +248,10 @@ def field_movement(stack: Any, *, jitter: bool) -> Movement | None:
     return Movement(bins * shifts, (y, x))
 
 
+def _advance(progress: Progress, seen: int, to_see: int, more: int) -> None:
+    progress("movement", seen + more, to_see)
+
+
 def static_image(stack: Any, shifts: np.ndarray) -> np.ndarray:
     """Mean of the frames of a stack, moved back by shifts (T, 2), of all tissue that any of them shows.
 
@@ -253,7 +266,7 @@ def static_image(stack: Any, shifts: np.ndarray) -> np.ndarray:
     total = np.zeros((height + 2 * down, width + 2 * along))
     count = np.zeros_like(total)
     places = np.arange(total.shape[0]) - down, np.arange(total.shape[1]) - along
-    for t in np.unique(np.linspace(0, frames - 1, min(frames, _SAMPLE)).astype(int)):
+    for t in sample_frames(frames, _SAMPLE):
         frame = np.pad(np.asarray(stack[int(t)], np.float64), ((down, down), (along, along)), "reflect")
         rows, columns = (
             (place + by >= 0) & (place + by <= side - 1)

@@ -33,6 +33,7 @@ SUFFIXES = (".tif", ".tiff", ".mha")
 RECORDS = "restormer3d"  # folder in the output folder; a socket's own folder may hold nothing but images
 
 _TARDINESS = 0.1  # share of a time limit by which the network may end late before it is given up
+_BEFORE_THE_NETWORK = {"check", "movement", "move"}  # stages that say nothing of its speed
 _EVIDENCE = 0.02  # share of a time limit after which the pace of a stage counts
 _SECOND_TRY = 0.05  # share of a time limit that has to be left for the network without training
 
@@ -281,7 +282,7 @@ def watch(seconds: float, training: TrainingConfig, say: Say) -> Watch:
     last: dict[str, int] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "check":
+        if stage.partition(",")[0] in _BEFORE_THE_NETWORK:
             return
         now = time.monotonic()
         since, before = first.setdefault(stage, (now, done))

@@ -52,7 +52,7 @@ def _standard_error() -> Any:
 
 
 _console = Console(file=cast(Any, _ErrorStream()), highlight=False, soft_wrap=True)
-_STAGES = {"check": "reading", "train": "training", "denoise": "denoising", "svd": "denoising"}
+_STAGES = {"check": "reading", "move": "aligning", "train": "training", "denoise": "denoising", "svd": "denoising"}
 
 
 def say(text: str) -> None:
