@@ -12,6 +12,16 @@ from torch import Tensor
 from restormer3d import ops
 from restormer3d.ops import reference
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _several_threads():
+    """Which would write over one another's results where kernels do not keep them apart."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 SHAPES = [  # (B, C, T, H, W): odd sizes, every axis of length one, rows longer and shorter than a vector
     (1, 32, 4, 8, 16),
     (2, 32, 5, 7, 9),
