@@ -164,6 +164,12 @@ def _vignette(s: _Trial) -> _Recording:
     return s.both(s.clean * np.exp(-(y**2 + x**2) / 1200))
 
 
+def _flat_field(s: _Trial) -> _Recording:
+    clean, recorded = _vignette(s)
+    light = clean.mean(0) / s.clean.mean(0)
+    return clean / light, recorded / light
+
+
 def _with_light(s: _Trial, light: float, rows: slice = slice(None), frames: int = 4) -> _Recording:
     lit = s.clean.copy()
     for first in (len(lit) // 4, 5 * len(lit) // 8):
@@ -301,6 +307,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "recursive average along time": _running_mean,
     "means of 4 frames": _averaged,
     "vignetting": _vignette,
+    "vignetting, divided by the flat field": _flat_field,
     "changes relative to the mean (dF/F), vignetting": _relative,
     "a quarter of all columns black": _black_columns,
     "five dropped frames": _dropped,

@@ -196,8 +196,9 @@ class InferenceConfig(_Config):
         Whether frames that are blank, dark or repeat the one before are set aside and put back as they were (see
         `artefacts.idle_frames.frames_shown`), borders that registration has filled are, too (see
         `artefacts.borders.without_borders`), lines of a bidirectional scan that are displaced are aligned, and
-        displaced again afterwards (see `artefacts.scan_lines.line_shift`), and voxels that a cosmic ray has hit are
-        replaced (see `artefacts.spikes.without_spikes`).
+        displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from place to place more
+        than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), and voxels that a cosmic ray has
+        hit are replaced (see `artefacts.spikes.without_spikes`).
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `artefacts.stimulus_light.stimulus_light`).

@@ -13,9 +13,10 @@ import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device
 from restormer3d.artefacts.movement import Followed, follow_movement
-from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images
+from restormer3d.artefacts.planes import WithoutPlanes, differences_of, find_planes, in_turns, one_plane, plane_images
 from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
+from restormer3d.artefacts.uneven_noise import EvenNoise, UnevenNoise, put_back, uneven_noise
 from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
 from restormer3d.progress import Progress, Say, silent
@@ -43,7 +44,8 @@ def array_and_record(
     -------
     tuple of numpy.ndarray and dict
         The denoised stack, of the same shape and dtype, and what was done, for a sidecar. Where its `level` is not 0,
-        it was taken from every voxel before, and normalization and noise are those of the rest.
+        it was taken from every voxel before, and normalization and noise are those of the rest; where there is
+        `uneven_noise`, of intensities divided by the deviation of their noise.
     """
     check_stack(stack)
     seconds = None if time_limit is None else 60 * time_limit
@@ -136,14 +138,35 @@ def _denoise_one(
     followed = Followed(stack, None)
     if asked != "none" and images is None and not isinstance(stack, Steadied):
         followed = follow_movement(stack, jitter=asked == "all", seconds=seconds, progress=progress, say=say)
-    stack = followed.stack
+    stack, unlit = followed.stack, unlit_frames(light)
+    uneven = _uneven_noise(stack, unlit, images, say) if chosen.inference.mend else None
+    if uneven is not None:
+        stack = EvenNoise(stack, uneven)
+        images = None if images is None else uneven.made_even(images, stack.dtype)
     if method != "restormer3d":
         denoised = by_filter(stack, images, chosen, method, progress, say)
     else:
         left = None if seconds is None else seconds - (time.monotonic() - started) - followed.seconds
-        denoised = by_network(stack, unlit_frames(light), images, chosen, device, left, progress, say, pretrained)
-    record = denoised.record | {"movement": None if followed.movement is None else followed.movement.record()}
-    return replace(denoised, frames=followed.put_back(denoised.frames), record=record)
+        denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained)
+    frames = denoised.frames if uneven is None else put_back(denoised.frames, uneven)
+    record = denoised.record | {
+        "movement": None if followed.movement is None else followed.movement.record(),
+        "uneven_noise": None if uneven is None else uneven.ratio,
+    }
+    return replace(denoised, frames=followed.put_back(frames), record=record)
+
+
+def _uneven_noise(stack: Any, unlit: np.ndarray | None, images: np.ndarray | None, say: Say) -> UnevenNoise | None:
+    """Noise that is to be made even; of frames drawn towards others it is another one than of these."""
+    if isinstance(stack, Steadied):
+        return None
+    uneven = uneven_noise(stack if images is None else WithoutPlanes(stack, differences_of(images)), unlit)
+    if uneven is not None:
+        say(
+            f"noise is {uneven.ratio:.2g} times as strong in some places as in others, and intensities do not tell, as "
+            "after a division by a flat field or in dF/F: it is made even before denoising, and put back afterwards"
+        )
+    return uneven
 
 
 def _plane_by_plane(

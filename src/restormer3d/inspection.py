@@ -11,6 +11,7 @@ from restormer3d.artefacts.movement import field_movement
 from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
+from restormer3d.artefacts.uneven_noise import uneven_noise
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
@@ -31,8 +32,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     dict
         File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
         dark or repeats, frames whose borders registration has filled, voxels that a cosmic ray has hit, how far every
-        other line is displaced, frames lit by a stimulus, how the field moves, noise (photon transfer, correlation) and
-        blind spot.
+        other line is displaced, frames lit by a stimulus, how the field moves, how uneven noise is, noise (photon
+        transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -47,10 +48,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         seen, lit = of_one_image(aside.stack, planes), light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
-        followed = planes is None or not planes.shared
-        if lit is not None:
-            followed &= not isinstance(steadied(seen, lit), Steadied)
+        steady = lit is None or not isinstance(steadied(seen, lit), Steadied)
+        followed = steady and (planes is None or not planes.shared)
         moving = field_movement(seen, jitter=False) if followed else None
+        uneven = uneven_noise(seen, unlit_frames(lit)) if steady else None
         noise = estimate_noise(seen, frames=unlit_frames(lit))
         range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
@@ -73,6 +74,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "line_shift": aside.record["line_shift"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
             "movement": None if moving is None else moving.record(),
+            "uneven_noise": None if uneven is None else uneven.ratio,
             "noise": asdict(noise) | {"offset": noise.offset + level},
             "blind_spot": blind_spot_extent(noise),
         }
@@ -108,6 +110,8 @@ def describe(facts: dict[str, Any]) -> str:
         * bool(facts["line_shift"]),
         "planes": _planes_in_words(facts["planes"]),
         "movement": _movement_in_words(facts["movement"]),
+        "uneven noise": f"{facts['uneven_noise'] or 1:.2g} times as strong in some places as in others: made even"
+        * bool(facts["uneven_noise"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
         "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); "
         f"offset {_shown(noise['offset'])}",

@@ -214,7 +214,7 @@ def local_variance(
         Variance, (H, W); and whether it is that of differences of frames.
     """
     expected = noise.variance(mean)
-    seen, changes = _seen_variance(stack, np.arange(stack.shape[0]) if frames is None else frames)
+    seen, _, changes = seen_noise(stack, frames)
     whole = [gaussian_filter(np.where(changes, image, 0.0), _LOCAL) for image in (seen, expected)]
     ratio = np.where(changes, np.maximum(whole[0], 0) / np.maximum(whole[1], _TINY), 1.0)
     wrong = (ratio > _MISFIT) | (ratio < 1 / _MISFIT)
@@ -223,17 +223,27 @@ def local_variance(
     return expected * np.clip(ratio, _TINY, None), True
 
 
-def _seen_variance(stack: Any, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Noise variance by differences over one and two frames (H, W), and which pixels change at all; of still runs."""
-    sums, jumps = [], []
-    for t in _runs(frames):
+def seen_noise(stack: Any, frames: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Noise variance of every pixel by differences over one and two frames, of runs without a jump.
+
+    Arguments as for :func:`estimate_noise`.
+
+    Returns
+    -------
+    variance, mean, changes : numpy.ndarray
+        Noise variance and mean intensity of the frames looked at, and which pixels change at all; (H, W) each.
+    """
+    sums, means, jumps = [], [], []
+    for t in _runs(np.arange(stack.shape[0]) if frames is None else frames):
         block = stack[t[0] : t[-1] + 1][t - t[0]].astype(np.float32)
         steps = [np.square(block[lag:] - block[:-lag]) for lag in range(1, min(3, len(t)))]
         sums.append([step.mean(0) / 2 for step in steps])
+        means.append(block.mean(0))
         jumps.append(max(steps[0].mean((1, 2))))
     still = np.array(jumps) <= max(1.5 * np.median(jumps), min(jumps))
     by_lag = np.array(sums)[still].mean(0, dtype=np.float64)
-    return (2 * by_lag[0] - by_lag[1] if len(by_lag) > 1 else by_lag[0]), by_lag[0] > 0
+    variance = 2 * by_lag[0] - by_lag[1] if len(by_lag) > 1 else by_lag[0]
+    return variance, np.array(means)[still].mean(0, dtype=np.float64), by_lag[0] > 0
 
 
 def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
