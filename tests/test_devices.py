@@ -76,16 +76,19 @@ def test_a_stack_is_denoised_as_on_the_cpu(changed, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.std(), err_msg=f"{float64=}")
 
 
-@pytest.mark.parametrize("part", [(32, 24, 28), (52, 17, 28), (32, 24, 20)], ids=["frames", "tiles", "both"])
-def test_so_are_planes_and_a_long_recording_in_parts(part, monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "float64"),
+    [((32, 24, 28), False), ((52, 17, 28), False), ((32, 24, 20), True)],
+    ids=["frames", "tiles", "both"],
+)
+def test_so_are_planes_and_a_long_recording_in_parts(part, float64, monkeypatch):
     monkeypatch.setattr(refinement, "part_shape", lambda *_: part)
     other = photons(blinking_cells(52, 24, 28, seed=4) + 400, seed=4)
     in_turns = np.stack([NOISY, other], 1).reshape(-1, *NOISY.shape[1:])
     expected = denoised(in_turns, torch.device("cpu"), iterations=0, planes=2)
-    for float64 in (True, False):
-        with monkeypatch.context() as patched, device_with(patched, float64) as device:
-            found = denoised(in_turns, device, iterations=0, planes=2)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.std(), err_msg=f"{float64=}")
+    with device_with(monkeypatch, float64) as device:
+        found = denoised(in_turns, device, iterations=0, planes=2)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.std())
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["blind spot", "second recording"])

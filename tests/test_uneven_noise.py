@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tifffile
+from scipy.ndimage import shift
 
 from restormer3d import denoising
 from restormer3d.artefacts.uneven_noise import EvenNoise, put_back, uneven_noise
@@ -112,6 +113,20 @@ def test_of_planes_in_turns_it_is_told_from_what_they_differ_by(light):
     filtered = array_and_record(noisy, settings(), method="gaussian")[0]
     scores = [evaluate_stacks(truth, output)["stsnr"] for output in (denoised, filtered)]
     assert scores[0] > scores[1] + 3
+
+
+def test_a_field_that_moves_may_have_it():
+    wider = simulate_scene((SHAPE[0], SHAPE[1] + 8, SHAPE[2] + 8), seed=73)[:]
+    shifts = np.stack([1.5 * np.sin(np.arange(SHAPE[0]) / 3), np.cos(np.arange(SHAPE[0]) / 7)], axis=1)
+    truth = np.stack([shift(x, by, order=1)[4:-4, 4:-4] for x, by in zip(wider, shifts, strict=True)])
+    light = (LIGHT**1.6).astype(np.float32)
+    noisy = recorded(truth * light) / light
+    scores = []
+    for followed in ("smooth", "none"):
+        denoised, record = array_and_record(noisy, settings(iterations=0, movement=followed))
+        assert record["uneven_noise"] > 2
+        scores.append(evaluate_stacks(truth.astype(np.float32), denoised)["activity_snr"])
+    assert scores[0] > scores[1] + 1
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 64), (40, 20, 64), (2, 40, 40)])
