@@ -225,6 +225,11 @@ def _relative(s: _Trial) -> _Recording:
     return 1000 * (clean - rest) / rest, 1000 * (recorded - rest) / rest
 
 
+def _without_means(s: _Trial) -> _Recording:
+    clean, recorded = s.both(s.clean)
+    return clean - recorded.mean(0), recorded - recorded.mean(0)
+
+
 def _bursts(s: _Trial) -> _Recording:
     tissue = gaussian_filter(s.rng.standard_normal(s.shape[1:]), 3)
     tissue = np.clip(1 + 0.3 * tissue / tissue.std(), 0, None)
@@ -309,6 +314,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "vignetting": _vignette,
     "vignetting, divided by the flat field": _flat_field,
     "changes relative to the mean (dF/F), vignetting": _relative,
+    "the mean of each pixel taken away": _without_means,
     "a quarter of all columns black": _black_columns,
     "five dropped frames": _dropped,
     "one lost frame, offset 2,000": _lost_frame,

@@ -66,6 +66,18 @@ def test_dark_pixels_around_zero_leave_the_offset_there():
     assert found.read_noise_variance == pytest.approx(2490, rel=0.2)
 
 
+def test_without_the_mean_of_each_pixel_zero_light_lies_below_all():
+    noisy = record(scene(), 100, 900)
+    found = estimate_noise(noisy - noisy.mean(0))
+    deviation = np.sqrt(np.median(np.square(np.diff(noisy, axis=0)).mean(0) / 2))
+    assert found.gain == 0
+    assert found.photons_per_pixel is None
+    assert found.read_noise_variance == pytest.approx(deviation**2, rel=0.1)
+    assert found.offset == pytest.approx(-0.5 * deviation, rel=0.1)
+    for recorded in (noisy - 400, np.random.default_rng(0).poisson(0.05, noisy.shape)):
+        assert estimate_noise(recorded).gain > 0
+
+
 @pytest.mark.parametrize(("hertz", "amplitude"), [(1, 1.0), (3, 0.5), (10, 0.55)])
 def test_breathing_and_hum_are_no_memory_of_the_noise(hertz: float, amplitude: float):
     wave = amplitude * np.sin(2 * np.pi * hertz * np.arange(300) / 30)

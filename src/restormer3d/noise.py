@@ -27,6 +27,9 @@ _SPACE_LAGS = 3
 _LOCAL = 4.0  # pixels, over which variances are compared
 _MISFIT = 1.5  # ratio of variances, from which on the mean does not tell the one of a pixel
 _WRONG = 0.2  # of the pixels, for which it must not
+_ALIKE = 0.05  # correlation of the means of halves, below which they show no image
+_BELOW = 0.3  # of the samples, that are negative then
+_BRIGHTNESS = 0.5  # deviations of the noise, that all is taken for where they show none
 _AROUND = 5  # pixels along each side, of a mean that fine detail is told from
 
 
@@ -46,7 +49,8 @@ class NoiseEstimate:
         Intensity at zero light, ADU: where the line meets `read_noise_variance`. A line alone cannot tell a
         positive offset from a smaller read noise; the smaller of the two possible corrections is reported. Where
         pixels are below 0 on average, the offset is, too, and the read noise counts as 0: a level that is too low
-        costs little, one that is too high much.
+        costs little, one that is too high much. Where the mean of each pixel was taken away, there is no line, and
+        the offset lies half a deviation of the noise below.
     photons_per_pixel : float or None
         Median over pixels of the mean intensity in photons; None if the gain is 0.
     correlation : dict of str to tuple of float
@@ -124,15 +128,19 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     if sample.shape[1] - _MAX_LAG < _LEAST_ANCHORS:
         over_time = (float("nan"),) * _TIME_LAGS
     memory = max(np.abs(over_time)) > LEAK_THRESHOLD
-    gain, intercept = robust_line(*_photon_transfer(sample, clipped, changes, memory))
+    means, variances, clipped_bins = _photon_transfer(sample, clipped, changes, memory)
+    no_image = _shows_no_image(sample, changes)
+    gain, intercept = (0.0, float(np.median(variances))) if no_image else robust_line(means, variances, clipped_bins)
     offset = max(0.0, -intercept / gain) if gain > 0 else 0.0
     lowest, by_chance = np.quantile(mean[changes], 0.01), 4 * np.sqrt(max(intercept, 0.0) / np.prod(sample.shape[:2]))
     if lowest < -by_chance:  # noise around zero light does not explain it
         offset = -intercept / gain if gain > 0 else float(lowest)
+    if no_image:
+        offset = float(np.median(mean[changes]) - _BRIGHTNESS * np.sqrt(max(intercept, 0.0)))
     differences = np.diff(sample, axis=1).reshape(-1, *mean.shape) / np.sqrt(2 * usual, dtype=np.float32)
     return NoiseEstimate(
         gain=gain,
-        read_noise_variance=max(0.0, intercept + gain * offset) if offset <= 0 else 0.0,
+        read_noise_variance=max(0.0, intercept + gain * offset) if offset <= 0 or no_image else 0.0,
         offset=offset,
         photons_per_pixel=(float(np.median(mean[changes])) - offset) / gain if gain > 0 else None,
         correlation={
@@ -288,6 +296,18 @@ def _photon_transfer(
         bins.append(bins_by_mean(mean, variance, clipped[changes], _pairs(part), sorted_by))
     m, v, c = (np.concatenate(values) for values in zip(*bins, strict=True))
     return m, v, c
+
+
+def _shows_no_image(sample: np.ndarray, changes: np.ndarray) -> bool:
+    """Whether runs (runs, frames, h, w) lack the mean of each pixel: means of one half tell nothing of the other's.
+
+    Nor do those of a few photons, but these are not below zero.
+    """
+    if len(sample) < 2 or (sample[..., changes] < 0).mean() < _BELOW:
+        return False
+    first, second = (sample[part::2].mean(axis=(0, 1), dtype=np.float64)[changes] for part in (0, 1))
+    first, second = first - first.mean(), second - second.mean()
+    return float(first @ second) < _ALIKE * float(np.sqrt((first @ first) * (second @ second)))
 
 
 def _pairs(sample: np.ndarray) -> int:
