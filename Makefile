@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/restormer3d demo --output demo
 
-# Files of tests on all cores: one thread for each process, for most of a test's time is spent on one anyway.
+# On all cores: one thread for each process, for most of a test's time is spent on one anyway.
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 

@@ -110,4 +110,4 @@ def uneven_noise(stack: Any, frames: np.ndarray | None = None) -> UnevenNoise | 
 
 def put_back(frames: Iterator[np.ndarray], noise: UnevenNoise) -> Iterator[np.ndarray]:
     """Multiply denoised frames (H, W) of :class:`EvenNoise` by the deviation again, as they come."""
-    return (frame * noise.deviation - np.float32(noise.level) for frame in frames)
+    return (frame * noise.deviation - np.asarray(noise.level, frame.dtype) for frame in frames)
