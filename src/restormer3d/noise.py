@@ -16,6 +16,9 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from restormer3d.photon_transfer import bins_by_mean, robust_line, usual_variance
 
 LEAK_THRESHOLD = 0.08
+UNKNOWN_LIGHT = 0.5
+"""Deviations of the noise, that light is taken for where intensities do not tell how much there is."""
+
 _TAIL = 0.025  # correlation of farther neighbors that counts, where that of nearer ones does
 _RUN = 12  # consecutive frames read together
 _MAX_LAG = 6  # frames between which differences are taken
@@ -29,7 +32,6 @@ _MISFIT = 1.5  # ratio of variances, from which on the mean does not tell the on
 _WRONG = 0.2  # of the pixels, for which it must not
 _ALIKE = 0.05  # correlation of the means of halves, below which they show no image
 _BELOW = 0.3  # of the samples, that are negative then
-_BRIGHTNESS = 0.5  # deviations of the noise, that all is taken for where they show none
 _AROUND = 5  # pixels along each side, of a mean that fine detail is told from
 
 
@@ -136,7 +138,7 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     if lowest < -by_chance:  # noise around zero light does not explain it
         offset = -intercept / gain if gain > 0 else float(lowest)
     if no_image:
-        offset = float(np.median(mean[changes]) - _BRIGHTNESS * np.sqrt(max(intercept, 0.0)))
+        offset = float(np.median(mean[changes]) - UNKNOWN_LIGHT * np.sqrt(max(intercept, 0.0)))
     differences = np.diff(sample, axis=1).reshape(-1, *mean.shape) / np.sqrt(2 * usual, dtype=np.float32)
     return NoiseEstimate(
         gain=gain,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from restormer3d.noise import seen_noise
+from restormer3d.noise import UNKNOWN_LIGHT, seen_noise
 from restormer3d.photon_transfer import usual_variance
 from restormer3d.views import ChangedStack
 
@@ -22,7 +22,6 @@ _LEAST_FRAMES, _LEAST_SIDE = 16, 32  # that tell of it
 _AROUND = 4.0  # pixels of a Gaussian filter, over which the noise is measured
 _MOST, _LEAST = 0.95, 0.05  # quantiles of the field, in which the variance relative to the usual one
 _UNEVEN = 4.0  # differs by this factor, from which on it is uneven
-_BRIGHTNESS = 0.5  # deviations of the noise, that intensities are raised to if their median is less
 _FAINTEST = 0.05  # of the median deviation, that intensities are divided by
 _PAIRS = 200  # of frames, that the variance is averaged over, about, of recordings that have so many
 _TINY = 1e-30
@@ -37,7 +36,8 @@ class UnevenNoise:
     deviation : numpy.ndarray
         Standard deviation at every pixel, relative to its median, (H, W) float32.
     level : float
-        What to add to intensities, so that dividing them leaves an image.
+        What to add to intensities, so that dividing them leaves an image: as much as their median lacks of
+        `noise.UNKNOWN_LIGHT`.
     """
 
     deviation: np.ndarray
@@ -105,7 +105,7 @@ def uneven_noise(stack: Any, frames: np.ndarray | None = None) -> UnevenNoise | 
     deviation = np.sqrt(seen / np.maximum(share, _TINY))
     typical = float(np.median(deviation[changes]))
     relative = np.where(changes, np.maximum(deviation / typical, _FAINTEST), 1.0).astype(np.float32)
-    return UnevenNoise(relative, max(0.0, _BRIGHTNESS * typical - float(np.median(mean[changes]))))
+    return UnevenNoise(relative, max(0.0, UNKNOWN_LIGHT * typical - float(np.median(mean[changes]))))
 
 
 def put_back(frames: Iterator[np.ndarray], noise: UnevenNoise) -> Iterator[np.ndarray]:
