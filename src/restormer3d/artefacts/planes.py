@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
 from restormer3d.views import ChangedStack, SomeFrames
 
 _MOST_PLANES = 16  # that are looked for
@@ -77,7 +78,8 @@ def find_planes(stack: Any, count: int | Literal["auto"] = "auto") -> Planes | N
     """Find out whether a stack shows several planes in turns, and whether their activity is the same.
 
     The mean of every n-th frame, less the mean of the n frames around each, is compared between two halves of the
-    frames: noise and activity, which differ between the halves, have no part in what they share.
+    frames: noise and activity, which differ between the halves, have no part in what they share. Where nothing is left
+    of it without electrical ripple, whose phase may come back after some frames, there is one plane.
 
     Parameters
     ----------
@@ -103,13 +105,10 @@ def find_planes(stack: Any, count: int | Literal["auto"] = "auto") -> Planes | N
     most = run // _LEAST_CYCLES
     if count == 1 or most < 2 or (count != "auto" and count > most):
         return None if count in (1, "auto") else Planes(count, shared=False)
-    starts = np.linspace(0, frames - run, max(4, min(_MOST_RUNS, frames // run))).astype(int)
-    seen = _read_runs(stack, starts, run)
-    found = _images_apart(seen, starts, min(most, _MOST_PLANES) if count == "auto" else count)
-    planes = _planes_told_apart(seen, found, frames) if count == "auto" else count
-    if planes == 1:
-        return None
-    return Planes(planes, _same_activity(seen, starts, found[planes].mean(0)))
+    planes = _planes(stack, count, run, most)
+    if planes is None or count != "auto" or (ripple := electrical_ripple(stack)) is None:
+        return planes
+    return planes if _planes(WithoutRipple(stack, ripple), count, run, most) is not None else None
 
 
 def plane_images(stack: Any, count: int) -> np.ndarray:
@@ -149,6 +148,16 @@ def in_turns(planes: Sequence[Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
             if frame is None:  # the first plane has as many frames as any other
                 return
             yield frame
+
+
+def _planes(stack: Any, count: int | Literal["auto"], run: int, most: int) -> Planes | None:
+    """What runs of some frames tell of up to `most` planes, ripple or not."""
+    frames = stack.shape[0]
+    starts = np.linspace(0, frames - run, max(4, min(_MOST_RUNS, frames // run))).astype(int)
+    seen = _read_runs(stack, starts, run)
+    found = _images_apart(seen, starts, min(most, _MOST_PLANES) if count == "auto" else count)
+    planes = _planes_told_apart(seen, found, frames) if count == "auto" else count
+    return None if planes == 1 else Planes(planes, _same_activity(seen, starts, found[planes].mean(0)))
 
 
 def _read_runs(stack: Any, starts: np.ndarray, run: int) -> np.ndarray:
