@@ -78,8 +78,8 @@ def find_planes(stack: Any, count: int | Literal["auto"] = "auto") -> Planes | N
     """Find out whether a stack shows several planes in turns, and whether their activity is the same.
 
     The mean of every n-th frame, less the mean of the n frames around each, is compared between two halves of the
-    frames: noise and activity, which differ between the halves, have no part in what they share. Where nothing is left
-    of it without electrical ripple, whose phase may come back after some frames, there is one plane.
+    frames: noise and activity, which differ between the halves, have no part in what they share. Electrical ripple,
+    whose phase may come back after some frames, is taken away before.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def find_planes(stack: Any, count: int | Literal["auto"] = "auto") -> Planes | N
     planes = _planes(stack, count, run, most)
     if planes is None or count != "auto" or (ripple := electrical_ripple(stack)) is None:
         return planes
-    return planes if _planes(WithoutRipple(stack, ripple), count, run, most) is not None else None
+    return _planes(WithoutRipple(stack, ripple), count, run, most)
 
 
 def plane_images(stack: Any, count: int) -> np.ndarray:

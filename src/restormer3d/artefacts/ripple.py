@@ -30,6 +30,7 @@ _NOISY = 1.5  # by which what is usual there may exceed what it is at most frequ
 _OFTEN, _ALWAYS = 0.4, 0.6  # of all pairs of frames, that a wave is in; at any phase it is in two thirds
 _MOST = 8  # waves
 _STEPS = 20  # of looking for a frequency more closely
+_ONE_WAY = 0.3  # of a wave's strength, that it has less of at the opposite frequency in time
 _BAND = 51  # frames, over which a slow wave keeps its phase
 _STILL = 101  # frames, over which what does not turn is of the image
 _ALIKE = 1e-2  # of the largest, from which on singular values count: waves may be the same but for a conjugation
@@ -145,19 +146,17 @@ def _strongest_wave(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray] | 
         courses = np.linalg.eigh(products[number])[1][:, -1]
         often = 1 / np.square(np.square(np.abs(courses))).sum() / len(courses)
         if often >= (_OFTEN if number >= _SLOW else _ALWAYS):
-            break
-    else:
-        return None
-    frequency = number / (2 * height)
-    for _ in range(2):  # for the closer the frequency is, the better is known what the wave is like along a row
-        seen = np.einsum("t,thw->hw", courses.conj(), differences, optimize=True)
-        columns = _turning(frequency, height).conj()[:, 0] @ seen
-        columns /= np.linalg.norm(columns)
-        frequency = _closer(frequency, seen @ columns.conj())
-        courses = np.einsum(
-            "thw,w,h->t", differences, columns.conj(), _turning(frequency, height).conj()[:, 0], optimize=True
-        )
-    return _turning(frequency, height), columns[None]
+            return _wave(differences, courses, number / (2 * height))
+    return None
+
+
+def _wave(differences: np.ndarray, courses: np.ndarray, frequency: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a wave of about so many cycles per row, that is in differences as `courses` (pairs,) say."""
+    seen = np.einsum("t,thw->hw", courses.conj(), differences, optimize=True)
+    about = _turning(frequency, len(seen)).conj().T @ seen
+    rows = _turning(_closer(frequency, seen @ about[0].conj()), len(seen))
+    columns = rows.conj().T @ seen
+    return rows, columns / np.linalg.norm(columns)
 
 
 def _products_along_rows(differences: np.ndarray) -> np.ndarray:
@@ -216,12 +215,12 @@ def _that_turns(amplitudes: np.ndarray, slow: np.ndarray) -> tuple[np.ndarray, n
     turning = amplitudes - _running_mean(amplitudes, np.ones(_STILL))
     times = np.arange(len(amplitudes))[:, None]
     spectrum = np.abs(np.fft.fft(turning * np.hanning(len(times) + 2)[1:-1, None], 8 * len(times), axis=0))
-    frequencies = np.fft.fftfreq(8 * len(times))[spectrum.argmax(0)]
-    turns = np.exp(2j * np.pi * frequencies * times)
+    peaks = spectrum.argmax(0)
+    one_way = np.take_along_axis(spectrum, -peaks[None], 0)[0] < _ONE_WAY * spectrum.max(0)
+    turns = np.exp(2j * np.pi * np.fft.fftfreq(8 * len(times))[peaks] * times)
     steady = turns * _running_mean(turning * turns.conj(), np.hanning(_BAND + 2)[1:-1])
     most = np.square(np.abs(steady)).sum(0) > np.square(np.abs(turning)).sum(0) / 2
-    are_waves = ~slow | (most & (np.abs(frequencies) > 2 / _BAND))  # nearer to none, either direction is in both
-    return np.where(most, steady, turning).astype(np.complex64), are_waves
+    return np.where(most, steady, turning).astype(np.complex64), ~slow | (most & one_way)
 
 
 def _running_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
