@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from restormer3d import denoising
+from restormer3d.artefacts import set_aside
 from restormer3d.artefacts.planes import find_planes
 from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
 from restormer3d.denoising import array_and_record
@@ -119,7 +119,7 @@ def test_denoising_gains_by_it(method, gain, clean, monkeypatch):
     assert any("electrical ripple" in text for text in said)
     plain, record = array_and_record(noisy, chosen, method=method)
     assert record["ripple"] == 0
-    monkeypatch.setattr(denoising, "electrical_ripple", lambda _: None)
+    monkeypatch.setattr(set_aside, "electrical_ripple", lambda _: None)
     left_in, _ = array_and_record(rippled, chosen, method=method)
     scores = [evaluate_stacks(clean, x)["activity_snr"] for x in (left_in, without, plain)]
     assert scores[1] > scores[0] + gain

@@ -13,9 +13,8 @@ import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device
 from restormer3d.artefacts.movement import Followed, follow_movement
-from restormer3d.artefacts.planes import WithoutPlanes, differences_of, find_planes, in_turns, one_plane, plane_images
-from restormer3d.artefacts.ripple import Ripple, WithoutRipple, electrical_ripple
-from restormer3d.artefacts.set_aside import set_aside
+from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images, with_one_image
+from restormer3d.artefacts.set_aside import set_aside, without_electrical_noise
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
 from restormer3d.artefacts.uneven_noise import EvenNoise, UnevenNoise, put_back, uneven_noise
 from restormer3d.config import Method
@@ -131,9 +130,7 @@ def _denoise_one(
 ) -> Denoised:
     """Denoise a stack from which `light` (T, H) was taken; `images` as for :func:`fitting.by_network`."""
     started = time.monotonic()
-    ripple = _ripple(stack, images, say) if chosen.inference.mend else None
-    if ripple is not None:
-        stack = WithoutRipple(stack, ripple)
+    stack, electrical = without_electrical_noise(stack, images, chosen.inference, say)
     if light is not None and images is None:
         stack = steadied(stack, light)
         if isinstance(stack, Steadied):
@@ -153,35 +150,22 @@ def _denoise_one(
         left = None if seconds is None else seconds - (time.monotonic() - started) - followed.seconds
         denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained)
     frames = denoised.frames if uneven is None else put_back(denoised.frames, uneven)
-    record = denoised.record | {
-        "movement": None if followed.movement is None else followed.movement.record(),
-        "ripple": 0.0 if ripple is None else ripple.deviation,
-        "uneven_noise": None if uneven is None else uneven.ratio,
-    }
+    record = (
+        denoised.record
+        | electrical
+        | {
+            "movement": None if followed.movement is None else followed.movement.record(),
+            "uneven_noise": None if uneven is None else uneven.ratio,
+        }
+    )
     return replace(denoised, frames=followed.put_back(frames), record=record)
-
-
-def _ripple(stack: Any, images: np.ndarray | None, say: Say) -> Ripple | None:
-    """Waves that are to be taken away from the stack."""
-    ripple = electrical_ripple(_of_one_image(stack, images))
-    if ripple is not None:
-        say(
-            f"waves of electrical ripple are in the frames, {ripple.deviation:.3g} together (standard deviation): "
-            "they are taken away"
-        )
-    return ripple
-
-
-def _of_one_image(stack: Any, images: np.ndarray | None) -> Any:
-    """A stack without the differences of the images of its planes, if they are known."""
-    return stack if images is None else WithoutPlanes(stack, differences_of(images))
 
 
 def _uneven_noise(stack: Any, unlit: np.ndarray | None, images: np.ndarray | None, say: Say) -> UnevenNoise | None:
     """Noise that is to be made even; of frames drawn towards others it is another one than of these."""
     if isinstance(stack, Steadied):
         return None
-    uneven = uneven_noise(_of_one_image(stack, images), unlit)
+    uneven = uneven_noise(with_one_image(stack, images), unlit)
     if uneven is not None:
         say(
             f"noise is {uneven.ratio:.2g} times as strong in some places as in others, and intensities do not tell, as "

@@ -9,8 +9,7 @@ from typing import Any
 from restormer3d.activity.tiles import tile_places, tile_shape
 from restormer3d.artefacts.movement import field_movement
 from restormer3d.artefacts.planes import find_planes, of_one_image
-from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
-from restormer3d.artefacts.set_aside import set_aside
+from restormer3d.artefacts.set_aside import set_aside, without_electrical_noise
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
 from restormer3d.artefacts.uneven_noise import uneven_noise
 from restormer3d.inference import window_size
@@ -33,8 +32,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     dict
         File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
         dark or repeats, frames whose borders registration has filled, voxels that a cosmic ray has hit, how far every
-        other line is displaced, frames lit by a stimulus, what electrical ripple adds, how the field moves, how uneven
-        noise is, noise (photon transfer, correlation) and blind spot.
+        other line is displaced, frames lit by a stimulus, what electrical ripple and noise of rows add, how the field
+        moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -43,13 +42,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     with open_stack(path) as stack:
         check = check_stack(stack)
-        aside = set_aside(stack, settings().inference)
+        parts = settings().inference
+        aside = set_aside(stack, parts)
         light, level = aside.light, aside.record["level"]
         planes = find_planes(aside.stack)
-        seen, lit = of_one_image(aside.stack, planes), light
-        ripple = electrical_ripple(seen)
-        if ripple is not None:
-            seen = WithoutRipple(seen, ripple)
+        seen, electrical = without_electrical_noise(of_one_image(aside.stack, planes), None, parts)
+        lit = light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
         steady = lit is None or not isinstance(steadied(seen, lit), Steadied)
@@ -77,7 +75,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "spikes": aside.record["spikes"],
             "line_shift": aside.record["line_shift"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
-            "ripple": 0.0 if ripple is None else ripple.deviation,
+            **electrical,
             "movement": None if moving is None else moving.record(),
             "uneven_noise": None if uneven is None else uneven.ratio,
             "noise": asdict(noise) | {"offset": noise.offset + level},
@@ -116,6 +114,8 @@ def describe(facts: dict[str, Any]) -> str:
         "planes": _planes_in_words(facts["planes"]),
         "ripple": f"electrical waves of {facts['ripple']:.3g} (standard deviation): they are taken away"
         * bool(facts["ripple"]),
+        "row noise": f"pixels of a row share {facts['row_noise']:.3g} of it (standard deviation): it is taken away"
+        * bool(facts["row_noise"]),
         "movement": _movement_in_words(facts["movement"]),
         "uneven noise": f"{facts['uneven_noise'] or 1:.2g} times as strong in some places as in others: made even"
         * bool(facts["uneven_noise"]),

@@ -125,8 +125,13 @@ def of_one_image(stack: Any, planes: Planes | None) -> Any:
     if planes is None:
         return stack
     if planes.shared:
-        return WithoutPlanes(stack, differences_of(plane_images(stack, planes.count)))
+        return with_one_image(stack, plane_images(stack, planes.count))
     return one_plane(stack, 0, planes.count)
+
+
+def with_one_image(stack: Any, images: np.ndarray | None) -> Any:
+    """A stack without what the images (planes, H, W) of its planes differ by, if there are several."""
+    return stack if images is None else WithoutPlanes(stack, differences_of(images))
 
 
 def differences_of(images: np.ndarray) -> np.ndarray:

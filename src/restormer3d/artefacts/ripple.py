@@ -15,14 +15,11 @@ import numpy as np
 import scipy.fft
 from scipy.ndimage import convolve1d, median_filter
 
-from restormer3d.normalization import sample_frames
+from restormer3d.artefacts.differences import close_differences
 from restormer3d.threads import thread_count
 from restormer3d.views import FramesChanged, each_frame
 
 _LEAST_FRAMES, _LEAST_SIDE = 48, 32  # that tell of it
-_FARTHEST = 8  # frames: a wave may start with nearly the same phase in those that follow each other
-_PAIRS = 128  # of consecutive frames, whose differences are looked at, at most,
-_VOXELS, _FEWEST = 2**24, 16  # of so many voxels in all, but no fewer pairs
 _SLOWEST, _SLOW = 2, 8  # halves of a cycle in the field along y: from which on, and below which tissue differs as well
 _AROUND = 21  # halves of a cycle, whose median is what is usual
 _STANDS_OUT = 1.5  # by which the variance of a wave exceeds that
@@ -105,7 +102,7 @@ def electrical_ripple(stack: Any) -> Ripple | None:
     frames, height, width = stack.shape
     if frames < _LEAST_FRAMES or min(height, width) < _LEAST_SIDE:
         return None
-    left = _differences(stack)
+    left = close_differences(stack)
     rows, columns = np.empty((height, 0), np.complex64), np.empty((0, width), np.complex64)
     while len(columns) < _MOST and (wave := _strongest_wave(left)) is not None:
         for frame, amplitude in zip(left, _amplitudes(left, *wave), strict=True):
@@ -118,20 +115,6 @@ def electrical_ripple(stack: Any) -> Ripple | None:
     slow = np.abs(np.angle(rows[1])) < np.pi * _SLOW / height  # from one row to the next
     amplitudes, are_waves = _that_turns(np.concatenate(each), slow)
     return Ripple(amplitudes[:, are_waves], rows[:, are_waves], columns[are_waves]) if are_waves.any() else None
-
-
-def _differences(stack: Any) -> np.ndarray:
-    """Differences of frames that are close in time, (pairs, H, W) float32, as noisy as a frame."""
-    frames, height, width = stack.shape
-    pairs = min(_PAIRS, max(_FEWEST, _VOXELS // (height * width)))
-    starts = sample_frames(frames - _FARTHEST, pairs)
-    differences = np.empty((len(starts), height, width), np.float32)
-    for difference, number, t in zip(differences, range(len(starts)), starts, strict=True):
-        lag = 1 + number % _FARTHEST
-        first, second = stack[int(t) : int(t) + lag + 1 : lag].astype(np.float32)
-        np.subtract(second, first, out=difference)
-        difference *= np.float32(0.5**0.5)
-    return differences
 
 
 def _strongest_wave(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

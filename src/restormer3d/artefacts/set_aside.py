@@ -1,4 +1,4 @@
-"""All that is set aside before a stack is denoised, in order, and put back afterwards, in reverse."""
+"""All that is set aside before a stack is denoised, in order, and put back afterwards, in reverse; or taken away."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from restormer3d.artefacts import borders, idle_frames, scan_lines, spikes, stimulus_light
-from restormer3d.artefacts.planes import find_planes
+from restormer3d.artefacts.planes import find_planes, with_one_image
+from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
+from restormer3d.artefacts.row_noise import WithoutRowNoise, row_noise
 from restormer3d.config import InferenceConfig
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.progress import Say, silent
@@ -78,6 +80,43 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
         None if light is None else {"frames": int(light.any(1).sum()), "largest": float(light.max())}
     )
     return SetAside(stack, light, record, tuple(undo))
+
+
+def without_electrical_noise(
+    stack: Any, images: np.ndarray | None, parts: InferenceConfig, say: Say = silent
+) -> tuple[Any, dict[str, float]]:
+    """Take away what electrical ripple adds to frames, and what noise to their rows, for good, and say so.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        What :func:`set_aside` left, or one plane of it.
+    images : numpy.ndarray or None
+        Of planes that are shown in turns, (planes, H, W).
+    parts : InferenceConfig
+        Of it `mend` counts.
+    say : function, optional
+        Called with one line of text for the user.
+
+    Returns
+    -------
+    tuple of stack and dict
+        The stack without them, and for a sidecar the standard deviation of what they added to voxels, in intensities:
+        `ripple` and `row_noise`.
+    """
+    record = {"ripple": 0.0, "row_noise": 0.0}
+    if parts.mend and (ripple := electrical_ripple(with_one_image(stack, images))) is not None:
+        record["ripple"] = ripple.deviation
+        stack = WithoutRipple(stack, ripple)
+        say(
+            f"waves of electrical ripple are in the frames, {ripple.deviation:.3g} together (standard deviation): "
+            "they are taken away"
+        )
+    if parts.mend and (noise := row_noise(with_one_image(stack, images))) is not None:
+        record["row_noise"] = float(noise.std())
+        stack = WithoutRowNoise(stack, noise)
+        say(f"the pixels of a row share noise, {noise.std():.3g} (standard deviation): it is taken away")
+    return stack, record
 
 
 def _raised(frames: _Frames, level: float) -> _Frames:
