@@ -153,6 +153,28 @@ def _ripple(s: _Trial) -> _Recording:
     return s.clean, s.recorded(s.clean) + 25 * np.sin(0.813 * time)
 
 
+def _hum(s: _Trial, strength: float = 20.0) -> np.ndarray:
+    """Of the mains: 2.37 cycles in a frame."""
+    frames, height, width = s.shape
+    lines = np.arange(frames * height).reshape(frames, height, 1) + 0.7 * np.arange(width) / width
+    return strength * np.sin(2 * np.pi * 2.37 / height * lines)
+
+
+def _several(s: _Trial) -> _Recording:
+    """Movement, bleaching, displaced lines, cosmic rays, hum, noise that rows share, and an offset."""
+    shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (3.0, 0.0))
+    clean = s.moved(1.5 * shifts / shifts.std()) * np.exp(-np.linspace(0, 1, s.shape[0]))[:, None, None]
+    clean[:, 1::2] = shift(clean[:, 1::2], (0, 0, 2), order=3, mode="grid-wrap")
+    added = _hum(s) + 8 * s.rng.standard_normal((*s.shape[:2], 1)) + 4000 * (s.rng.random(s.shape) < 1e-4)
+    return clean + 500, s.recorded(clean) + added + 500
+
+
+def _light_on_movement(s: _Trial) -> _Recording:
+    shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (3.0, 0.0))
+    s.clean = s.moved(1.5 * shifts / shifts.std())
+    return _with_light(s, 300)
+
+
 def _saturated(s: _Trial) -> _Recording:
     recorded = s.recorded(s.clean)
     most = np.quantile(recorded, 0.995)
@@ -305,6 +327,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "bleaching, to a fifth": lambda s: s.both(s.clean * np.exp(-1.6 * np.linspace(0, 1, len(s.clean)))[:, None, None]),
     "noise that rows share": _noise_of_rows,
     "electrical ripple": _ripple,
+    "hum of the mains": lambda s: (s.clean, s.recorded(s.clean) + _hum(s)),
     "hot pixels": _hot,
     "cosmic rays": _spikes,
     "enlarged twofold by interpolation": _enlarged,
@@ -337,6 +360,8 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     ),
     "light, 100 to 500 ADU from the first to the last row of 4 frames": _uneven_light,
     "light, 300 ADU in 80 frames": lambda s: _with_light(s, 300, frames=40),
+    "light, 300 ADU in 8 frames, and the field moves": _light_on_movement,
+    "seven of these at once, offset 500": _several,
 }
 """From a trial to its truth and the recording of it, (T, H, W) both, by name; frames of NaN are not scored."""
 

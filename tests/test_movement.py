@@ -218,6 +218,23 @@ def test_denoising_gains_by_following(moving, method):
     assert sum("the field moves by" in text for text in said) == 1
 
 
+def test_movement_is_followed_under_strong_light_too(moving):
+    clean = moving[0].copy()
+    clean[30:33] += 40 * clean.mean()
+    noisy = photons(clean)
+    said: list[str] = []
+    scores, records = [], []
+    for followed in ("none", "smooth"):
+        denoised, record = array_and_record(noisy, settings(iterations=0, movement=followed), say=said.append)
+        unlit = np.r_[:30, 33 : len(clean)]
+        scores.append(evaluate_stacks(clean[unlit].astype(np.float32), denoised[unlit])["activity_snr"])
+        records.append(record)
+        assert denoised[31].mean() == pytest.approx(clean[31].mean(), rel=0.02)
+    assert sum("drawn towards those around" in text for text in said) == 2
+    assert min(records[1]["movement"]["followed_up_to"]) > 0.5
+    assert scores[1] > scores[0] + 1
+
+
 def test_of_jitter_it_is_said_that_it_stays(wider):
     noisy = photons(moved(wider, jitter()))
     said: list[str] = []

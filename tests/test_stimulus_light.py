@@ -199,16 +199,17 @@ def test_activity_of_all_tissue_is_not_drawn_towards_frames_around(plain):
 def test_training_sees_no_frame_that_is_made_of_others(plain):
     stack = photons(lit(plain, [(slice(30, 33), slice(None))], 5000)[0])
     away, light = take_light_away(stack)
-    source = training_stack(steadied(away, light))
-    learned = to_learn_from(source)
+    source, drawn = training_stack(steadied(away, light)), tuple(steadied(away, light).kept)
+    learned = to_learn_from(source, drawn)
     assert learned.stack.shape == (117, 48, 56)
     assert learned.normalization == source.normalization
     np.testing.assert_allclose(learned.mean, source.normalization.apply(learned.stack[:].mean(0)), atol=1e-5)
     other = stack.copy()
     other[29, 20, 20] += 500
-    changed = to_learn_from(training_stack(steadied(take_light_away(other)[0], light))).stack[:] != learned.stack[:]
+    again = training_stack(steadied(take_light_away(other)[0], light))
+    changed = to_learn_from(again, drawn).stack[:] != learned.stack[:]
     assert np.argwhere(changed).tolist() == [[29, 20, 20]]
-    assert to_learn_from(learned) is learned
+    assert to_learn_from(source, ()) is source
 
 
 def test_weak_light_and_light_that_leaves_too_little_change_nothing(plain):

@@ -131,16 +131,19 @@ def _denoise_one(
     """Denoise a stack from which `light` (T, H) was taken; `images` as for :func:`fitting.by_network`."""
     started = time.monotonic()
     stack, electrical = without_electrical_noise(stack, images, chosen.inference, say)
+    drawn: tuple[int, ...] = ()
     if light is not None and images is None:
         stack = steadied(stack, light)
         if isinstance(stack, Steadied):
-            say(f"noise of that light is strong in {len(stack.kept)} frames: they are drawn towards those around")
+            drawn = tuple(stack.kept)
+            say(f"noise of that light is strong in {len(drawn)} frames: they are drawn towards those around")
     asked = chosen.inference.movement
     followed = Followed(stack, None)
-    if asked != "none" and images is None and not isinstance(stack, Steadied):
+    if asked != "none" and images is None:
         followed = follow_movement(stack, jitter=asked == "all", seconds=seconds, progress=progress, say=say)
     stack, unlit = followed.stack, unlit_frames(light)
-    uneven = _uneven_noise(stack, unlit, images, say) if chosen.inference.mend else None
+    # Of frames drawn towards others noise is another one than of these.
+    uneven = _uneven_noise(stack, unlit, images, say) if chosen.inference.mend and not drawn else None
     if uneven is not None:
         stack = EvenNoise(stack, uneven)
         images = None if images is None else uneven.made_even(images, stack.dtype)
@@ -148,7 +151,7 @@ def _denoise_one(
         denoised = by_filter(stack, images, chosen, method, progress, say)
     else:
         left = None if seconds is None else seconds - (time.monotonic() - started) - followed.seconds
-        denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained)
+        denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained, drawn)
     frames = denoised.frames if uneven is None else put_back(denoised.frames, uneven)
     record = (
         denoised.record
@@ -162,9 +165,7 @@ def _denoise_one(
 
 
 def _uneven_noise(stack: Any, unlit: np.ndarray | None, images: np.ndarray | None, say: Say) -> UnevenNoise | None:
-    """Noise that is to be made even; of frames drawn towards others it is another one than of these."""
-    if isinstance(stack, Steadied):
-        return None
+    """Noise that is to be made even."""
     uneven = uneven_noise(with_one_image(stack, images), unlit)
     if uneven is not None:
         say(

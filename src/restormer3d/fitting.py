@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from restormer3d.activity.tiles import tile_shape, waiting_bytes
 from restormer3d.arithmetic import usable
 from restormer3d.artefacts.planes import WithoutPlanes, differences_of, put_back
-from restormer3d.artefacts.stimulus_light import Steadied
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.config import Method
 from restormer3d.inference import window_size, within_memory
@@ -66,6 +65,7 @@ def by_network(
     progress: Progress,
     say: Say,
     pretrained: Pretrained | None,
+    drawn: Sequence[int] = (),
 ) -> Denoised:
     """Fit filters and network.
 
@@ -81,6 +81,8 @@ def by_network(
         As for :func:`restormer3d.denoising.start_denoising`.
     seconds : float or None
         For all, frames included. Where they suffice for no network, the Gaussian filter stands in.
+    drawn : sequence of int, optional
+        Numbers of frames that were drawn towards others (see `artefacts.stimulus_light.steadied`).
     """
     started = time.monotonic()
     recorded = stack
@@ -93,7 +95,7 @@ def by_network(
     chosen = _as_memory_allows(_without_components(chosen, source, say), stack.shape, device, say)
     model = copy.deepcopy(pretrained.model) if pretrained else build_model(chosen)
     source, adapted = _adapt(model, source, chosen, device, seconds, say)
-    learned = to_learn_from(source)
+    learned = to_learn_from(source, drawn)
     calibration = calibrate(model, learned, chosen, device)
     if seconds is not None:
         remaining = seconds - (time.monotonic() - started)
@@ -224,12 +226,11 @@ def _source(stack: Any, measured: np.ndarray | None, chosen: Settings, say: Say)
     return source, noise
 
 
-def to_learn_from(source: TrainingStack) -> TrainingStack:
+def to_learn_from(source: TrainingStack, drawn: Sequence[int]) -> TrainingStack:
     """Leave out frames that were drawn towards others: in them, the network would see voxels that it is to predict."""
-    stack = source.stack
-    if not isinstance(stack, Steadied):
+    if not drawn:
         return source
-    some = SomeFrames(stack, np.setdiff1d(np.arange(stack.shape[0]), list(stack.kept)))
+    some = SomeFrames(source.stack, np.setdiff1d(np.arange(source.stack.shape[0]), drawn))
     mean, median = (source.normalization.apply(of(some)) for of in (temporal_mean, temporal_median))
     return replace(source, stack=some, mean=mean, median=median)
 

@@ -50,10 +50,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         lit = light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
-        steady = lit is None or not isinstance(steadied(seen, lit), Steadied)
-        followed = steady and (planes is None or not planes.shared)
-        moving = field_movement(seen, jitter=False) if followed else None
-        uneven = uneven_noise(seen, unlit_frames(lit)) if steady else None
+        drawn = False
+        if lit is not None and (planes is None or not planes.shared):
+            seen = steadied(seen, lit)
+            drawn = isinstance(seen, Steadied)
+        moving = field_movement(seen, jitter=False) if planes is None or not planes.shared else None
+        uneven = None if drawn else uneven_noise(seen, unlit_frames(lit))
         noise = estimate_noise(seen, frames=unlit_frames(lit))
         range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
