@@ -23,7 +23,7 @@ _LEAST_FRAMES, _LEAST_SIDE = 48, 32  # that tell of it
 _SLOWEST, _SLOW = 2, 8  # halves of a cycle in the field along y: from which on, and below which tissue differs as well
 _AROUND = 21  # halves of a cycle, whose median is what is usual
 _STANDS_OUT = 1.5  # by which the variance of a wave exceeds that
-_NOISY = 1.5  # by which what is usual there may exceed what it is at most frequencies: else it is not of noise
+_NOISY, _TISSUE = 1.5, 5.0  # times what is usual at most frequencies: tissue differs as well, or more than anything
 _OFTEN, _ALWAYS = 0.4, 0.6  # of all pairs of frames, that a wave is in; at any phase it is in two thirds
 _MOST = 8  # waves
 _STEPS = 20  # of looking for a frequency more closely
@@ -86,8 +86,9 @@ def electrical_ripple(stack: Any) -> Ripple | None:
     """Find waves whose phase turns by the same angle from row to row, in most of the frames.
 
     Differences of frames that are close in time are looked at: the image is not in them, and hardly any activity. At
-    the frequency of a wave along y they have half as much again in common along rows as at the frequencies around. That
-    is believed where these are of noise. What stays the same from frame to frame is left to the image.
+    the frequency of a wave along y they have half as much again in common along rows as at the frequencies around.
+    Where tissue differs as well, its phase has to turn by the same angle from frame to frame, too. What stays the same
+    from frame to frame is left to the image.
 
     Parameters
     ----------
@@ -104,32 +105,39 @@ def electrical_ripple(stack: Any) -> Ripple | None:
         return None
     left = close_differences(stack)
     rows, columns = np.empty((height, 0), np.complex64), np.empty((0, width), np.complex64)
-    while len(columns) < _MOST and (wave := _strongest_wave(left)) is not None:
+    among_tissue: list[bool] = []
+    while len(columns) < _MOST and (strongest := _strongest_wave(left)) is not None:
+        wave, of_tissue = strongest
         for frame, amplitude in zip(left, _amplitudes(left, *wave), strict=True):
             frame -= Ripple(amplitude[None], *wave).added(0)
         rows, columns = np.hstack([rows, wave[0]]), np.vstack([columns, wave[1]])
+        among_tissue.append(of_tissue)
     if not len(columns):
         return None
     unmix = _unmixing(rows, columns)
     each = [_amplitudes(frame[None].astype(np.float32), rows, columns, unmix) for _, frame in each_frame(stack)]
-    slow = np.abs(np.angle(rows[1])) < np.pi * _SLOW / height  # from one row to the next
-    amplitudes, are_waves = _that_turns(np.concatenate(each), slow)
+    amplitudes, are_waves = _that_turns(np.concatenate(each), np.array(among_tissue))
     return Ripple(amplitudes[:, are_waves], rows[:, are_waves], columns[are_waves]) if are_waves.any() else None
 
 
-def _strongest_wave(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Rows (H, 1) and columns (1, W) of a wave that stands out at its frequency along y, if there is one."""
+def _strongest_wave(differences: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], bool] | None:
+    """Rows (H, 1) and columns (1, W) of a wave that stands out at its frequency along y, if there is one.
+
+    And whether tissue differs at that frequency, too.
+    """
     height = differences.shape[1]
     products = _products_along_rows(differences)
     strongest = np.linalg.eigvalsh(products)[_SLOWEST:, -1]
     usual = np.maximum(median_filter(strongest, _AROUND, mode="reflect"), np.finfo(np.float32).tiny)
-    of_noise = usual <= _NOISY * np.median(strongest)
-    stands_out = np.where(of_noise, strongest / usual, 0.0)
-    for number in np.argsort(-stands_out)[: int((stands_out >= _STANDS_OUT).sum())] + _SLOWEST:
+    noisy = usual / np.maximum(np.median(strongest), np.finfo(np.float32).tiny)
+    stands_out = np.where(noisy < _TISSUE, strongest / usual, 0.0)
+    for place in np.argsort(-stands_out)[: int((stands_out >= _STANDS_OUT).sum())]:
+        number = int(place) + _SLOWEST
+        among_tissue = number < _SLOW or bool(noisy[place] > _NOISY)
         courses = np.linalg.eigh(products[number])[1][:, -1]
         often = 1 / np.square(np.square(np.abs(courses))).sum() / len(courses)
-        if often >= (_OFTEN if number >= _SLOW else _ALWAYS):
-            return _wave(differences, courses, number / (2 * height))
+        if often >= (_ALWAYS if among_tissue else _OFTEN):
+            return _wave(differences, courses, number / (2 * height)), among_tissue
     return None
 
 
@@ -189,11 +197,11 @@ def _amplitudes(
     return (np.hstack([seen, seen.conj()]) @ unmix.T).astype(np.complex64)
 
 
-def _that_turns(amplitudes: np.ndarray, slow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _that_turns(amplitudes: np.ndarray, among_tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Amplitudes (T, waves) less their means over the frames around, and which of them are those of waves.
 
-    Where most turns by the same angle from frame to frame, only that is taken. Of slow waves no other are believed:
-    activity of tissue does not go on in one direction.
+    Where most turns by the same angle from frame to frame, only that is taken. Where tissue differs as well, no other
+    waves are believed, for its activity does not go on in one direction.
     """
     turning = amplitudes - _running_mean(amplitudes, np.ones(_STILL))
     times = np.arange(len(amplitudes))[:, None]
@@ -203,7 +211,7 @@ def _that_turns(amplitudes: np.ndarray, slow: np.ndarray) -> tuple[np.ndarray, n
     turns = np.exp(2j * np.pi * np.fft.fftfreq(8 * len(times))[peaks] * times)
     steady = turns * _running_mean(turning * turns.conj(), np.hanning(_BAND + 2)[1:-1])
     most = np.square(np.abs(steady)).sum(0) > np.square(np.abs(turning)).sum(0) / 2
-    return np.where(most, steady, turning).astype(np.complex64), ~slow | (most & one_way)
+    return np.where(most, steady, turning).astype(np.complex64), ~among_tissue | (most & one_way)
 
 
 def _running_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
