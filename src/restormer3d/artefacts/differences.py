@@ -10,7 +10,7 @@ from restormer3d.normalization import sample_frames
 
 _FARTHEST = 8  # frames: a wave may start with nearly the same phase in those that follow each other
 _PAIRS = 128  # of frames, at most,
-_VOXELS, _FEWEST = 2**24, 16  # of so many voxels in all, but no fewer pairs
+_VOXELS, _FEWEST = 2**24, 16  # of so many voxels in all, if fields were square, but no fewer pairs
 
 
 def close_differences(stack: Any) -> np.ndarray:
@@ -28,7 +28,7 @@ def close_differences(stack: Any) -> np.ndarray:
         pairs.
     """
     frames, height, width = stack.shape
-    starts = sample_frames(frames - _FARTHEST, min(_PAIRS, max(_FEWEST, _VOXELS // (height * width))))
+    starts = sample_frames(frames - _FARTHEST, min(_PAIRS, max(_FEWEST, _VOXELS // max(height, width) ** 2)))
     differences = np.empty((len(starts), height, width), np.float32)
     for number, (difference, t) in enumerate(zip(differences, starts, strict=True)):
         lag = 1 + number % _FARTHEST
