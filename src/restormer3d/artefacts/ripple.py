@@ -108,15 +108,19 @@ def electrical_ripple(stack: Any) -> Ripple | None:
     among_tissue: list[bool] = []
     while len(columns) < _MOST and (strongest := _strongest_wave(left)) is not None:
         wave, of_tissue = strongest
-        for frame, amplitude in zip(left, _amplitudes(left, *wave), strict=True):
+        for frame, amplitude in zip(left, _amplitudes(wave[0].conj().T @ left, *wave), strict=True):
             frame -= Ripple(amplitude[None], *wave).added(0)
         rows, columns = np.hstack([rows, wave[0]]), np.vstack([columns, wave[1]])
         among_tissue.append(of_tissue)
     if not len(columns):
         return None
-    unmix = _unmixing(rows, columns)
-    each = [_amplitudes(frame[None].astype(np.float32), rows, columns, unmix) for _, frame in each_frame(stack)]
-    amplitudes, are_waves = _that_turns(np.concatenate(each), np.array(among_tissue))
+    along = np.stack([rows.conj().T @ frame.astype(np.float32) for _, frame in each_frame(stack)])  # (T, waves, W)
+    tissue = np.array(among_tissue)
+    amplitudes, _ = _that_turns(_amplitudes(along, rows, columns), tissue)
+    # All frames tell better than differences of some what a wave is like that turns slowly from frame to frame.
+    columns = np.einsum("tk,tkw->kw", amplitudes.conj(), along - along.mean(0))
+    columns /= np.linalg.norm(columns, axis=1, keepdims=True)
+    amplitudes, are_waves = _that_turns(_amplitudes(along, rows, columns), tissue)
     return Ripple(amplitudes[:, are_waves], rows[:, are_waves], columns[are_waves]) if are_waves.any() else None
 
 
@@ -181,20 +185,16 @@ def _turning(frequencies: Any, height: int) -> np.ndarray:
     return np.exp(2j * np.pi * np.outer(np.arange(height), frequencies)).astype(np.complex64)
 
 
-def _unmixing(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """What makes amplitudes of products with waves and with their conjugates, (waves, 2 waves)."""
+def _amplitudes(along: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Strength and phase of waves by least squares, (n, waves) complex64, in frames turned back along y and added up.
+
+    These are (n, waves, W). Waves and their conjugates are in them.
+    """
+    seen = np.einsum("tkw,kw->tk", along, columns.conj())
     rows, columns = np.hstack([rows, rows.conj()]), np.vstack([columns, columns.conj()])
     products = (rows.conj().T @ rows) * (columns.conj() @ columns.T)
-    return np.linalg.pinv(products, rcond=_ALIKE, hermitian=True)[: len(columns) // 2]
-
-
-def _amplitudes(
-    frames: np.ndarray, rows: np.ndarray, columns: np.ndarray, unmix: np.ndarray | None = None
-) -> np.ndarray:
-    """Strength and phase of waves in frames (n, H, W) by least squares, (n, waves) complex64."""
-    seen = np.einsum("thk,hk->tk", frames @ columns.conj().T, rows.conj())
-    unmix = _unmixing(rows, columns) if unmix is None else unmix
-    return (np.hstack([seen, seen.conj()]) @ unmix.T).astype(np.complex64)
+    apart = np.linalg.pinv(products, rcond=_ALIKE, hermitian=True)[: along.shape[1]]
+    return (np.hstack([seen, seen.conj()]) @ apart.T).astype(np.complex64)
 
 
 def _that_turns(amplitudes: np.ndarray, among_tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +209,7 @@ def _that_turns(amplitudes: np.ndarray, among_tissue: np.ndarray) -> tuple[np.nd
     peaks = spectrum.argmax(0)
     one_way = np.take_along_axis(spectrum, -peaks[None], 0)[0] < _ONE_WAY * spectrum.max(0)
     turns = np.exp(2j * np.pi * np.fft.fftfreq(8 * len(times))[peaks] * times)
-    steady = turns * _running_mean(turning * turns.conj(), np.hanning(_BAND + 2)[1:-1])
+    steady = turns * _running_mean((amplitudes - amplitudes.mean(0)) * turns.conj(), np.hanning(_BAND + 2)[1:-1])
     most = np.square(np.abs(steady)).sum(0) > np.square(np.abs(turning)).sum(0) / 2
     return np.where(most, steady, turning).astype(np.complex64), ~among_tissue | (most & one_way)
 
