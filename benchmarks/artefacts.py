@@ -92,9 +92,16 @@ class _Trial:
         return np.stack([shift(x, by, order=1)[inside, inside] for x, by in zip(self.wider, shifts, strict=True)])
 
 
-def _jitter(s: _Trial) -> _Recording:
-    shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (1.0, 0.0))
-    return s.both(s.moved(0.7 * shifts / shifts.std()))
+def _wandering(s: _Trial, deviation: float, frames: float) -> np.ndarray:
+    """Clean frames of a field that moves by some pixels, smoothly over some frames."""
+    shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (frames, 0.0))
+    return s.moved(deviation * shifts / shifts.std())
+
+
+def _with_lines_shifted(clean: np.ndarray, by: float) -> np.ndarray:
+    clean = clean.copy()
+    clean[:, 1::2] = shift(clean[:, 1::2], (0, 0, by), order=3, mode="grid-wrap")
+    return clean
 
 
 def _jumps(s: _Trial) -> _Recording:
@@ -153,25 +160,23 @@ def _ripple(s: _Trial) -> _Recording:
     return s.clean, s.recorded(s.clean) + 25 * np.sin(0.813 * time)
 
 
-def _hum(s: _Trial, strength: float = 20.0) -> np.ndarray:
+def _hum(s: _Trial) -> np.ndarray:
     """Of the mains: 2.37 cycles in a frame."""
     frames, height, width = s.shape
     lines = np.arange(frames * height).reshape(frames, height, 1) + 0.7 * np.arange(width) / width
-    return strength * np.sin(2 * np.pi * 2.37 / height * lines)
+    return 20 * np.sin(2 * np.pi * 2.37 / height * lines)
 
 
 def _several(s: _Trial) -> _Recording:
     """Movement, bleaching, displaced lines, cosmic rays, hum, noise that rows share, and an offset."""
-    shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (3.0, 0.0))
-    clean = s.moved(1.5 * shifts / shifts.std()) * np.exp(-np.linspace(0, 1, s.shape[0]))[:, None, None]
-    clean[:, 1::2] = shift(clean[:, 1::2], (0, 0, 2), order=3, mode="grid-wrap")
+    bleached = np.exp(-np.linspace(0, 1, s.shape[0]))[:, None, None]
+    clean = _with_lines_shifted(_wandering(s, 1.5, 3.0) * bleached, 2.0)
     added = _hum(s) + 8 * s.rng.standard_normal((*s.shape[:2], 1)) + 4000 * (s.rng.random(s.shape) < 1e-4)
     return clean + 500, s.recorded(clean) + added + 500
 
 
 def _light_on_movement(s: _Trial) -> _Recording:
-    shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (3.0, 0.0))
-    s.clean = s.moved(1.5 * shifts / shifts.std())
+    s.clean = _wandering(s, 1.5, 3.0)
     return _with_light(s, 300)
 
 
@@ -279,9 +284,7 @@ def _two_close_planes(s: _Trial) -> _Recording:
 
 
 def _shifted_lines(s: _Trial, by: float = 2.0) -> _Recording:
-    clean = s.clean.copy()
-    clean[:, 1::2] = shift(clean[:, 1::2], (0, 0, by), order=3, mode="grid-wrap")
-    return s.both(clean)
+    return s.both(_with_lines_shifted(s.clean, by))
 
 
 def _drift_in_depth(s: _Trial) -> _Recording:
@@ -319,7 +322,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "negative noise cut at 0": lambda s: (s.clean, np.clip(s.recorded(s.clean), 0, None)),
     "scaled to 8 bits, clipped": _eight_bits,
     "clipped at a detector's limit": _saturated,
-    "the field jitters by 0.7 pixels": _jitter,
+    "the field jitters by 0.7 pixels": lambda s: s.both(_wandering(s, 0.7, 1.0)),
     "the field jumps by up to 4 pixels": _jumps,
     "registered by whole pixels, borders black": _registered,
     "registered with interpolation": _interpolated,

@@ -199,7 +199,8 @@ def test_activity_of_all_tissue_is_not_drawn_towards_frames_around(plain):
 def test_training_sees_no_frame_that_is_made_of_others(plain):
     stack = photons(lit(plain, [(slice(30, 33), slice(None))], 5000)[0])
     away, light = take_light_away(stack)
-    source, drawn = training_stack(steadied(away, light)), tuple(steadied(away, light).kept)
+    steady = steadied(away, light)
+    source, drawn = training_stack(steady), tuple(steady.kept)
     learned = to_learn_from(source, drawn)
     assert learned.stack.shape == (117, 48, 56)
     assert learned.normalization == source.normalization

@@ -153,14 +153,11 @@ def _denoise_one(
         left = None if seconds is None else seconds - (time.monotonic() - started) - followed.seconds
         denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained, drawn)
     frames = denoised.frames if uneven is None else put_back(denoised.frames, uneven)
-    record = (
-        denoised.record
-        | electrical
-        | {
-            "movement": None if followed.movement is None else followed.movement.record(),
-            "uneven_noise": None if uneven is None else uneven.ratio,
-        }
-    )
+    record = denoised.record | {
+        **electrical,
+        "movement": None if followed.movement is None else followed.movement.record(),
+        "uneven_noise": None if uneven is None else uneven.ratio,
+    }
     return replace(denoised, frames=followed.put_back(frames), record=record)
 
 

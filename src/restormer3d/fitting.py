@@ -14,7 +14,7 @@ import torch
 
 from restormer3d.activity.tiles import tile_shape, waiting_bytes
 from restormer3d.arithmetic import usable
-from restormer3d.artefacts.planes import WithoutPlanes, differences_of, put_back
+from restormer3d.artefacts.planes import differences_of, put_back, with_one_image
 from restormer3d.baselines import choose_gaussian, gaussian_frames, svd_frames, temporal_mean_frames
 from restormer3d.config import Method
 from restormer3d.inference import window_size, within_memory
@@ -86,8 +86,7 @@ def by_network(
     """
     started = time.monotonic()
     recorded = stack
-    if images is not None:
-        stack = WithoutPlanes(stack, differences_of(images))
+    stack = with_one_image(stack, images)
     engine, precision = usable(chosen.engine, chosen.precision, device)
     if precision != chosen.precision:
         say(f"TF32 is a mode of NVIDIA GPUs: on {device} the network computes in float32")
@@ -130,9 +129,8 @@ def by_filter(
 ) -> Denoised:
     """Denoise by one of the plain filters; arguments as for :func:`by_network`."""
     if images is not None:
-        apart = differences_of(images)
-        filtered = by_filter(WithoutPlanes(stack, apart), None, chosen, method, progress, say)
-        return replace(filtered, frames=put_back(filtered.frames, apart))
+        filtered = by_filter(with_one_image(stack, images), None, chosen, method, progress, say)
+        return replace(filtered, frames=put_back(filtered.frames, differences_of(images)))
     if method == "temporal-mean":
         return Denoised(temporal_mean_frames(stack), {"method": method, "settings": {}})
     if method == "svd":

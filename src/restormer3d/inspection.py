@@ -50,12 +50,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
         lit = light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
-        drawn = False
-        if lit is not None and (planes is None or not planes.shared):
+        alone = planes is None or not planes.shared
+        if lit is not None and alone:
             seen = steadied(seen, lit)
-            drawn = isinstance(seen, Steadied)
-        moving = field_movement(seen, jitter=False) if planes is None or not planes.shared else None
-        uneven = None if drawn else uneven_noise(seen, unlit_frames(lit))
+        moving = field_movement(seen, jitter=False) if alone else None
+        uneven = None if isinstance(seen, Steadied) else uneven_noise(seen, unlit_frames(lit))
         noise = estimate_noise(seen, frames=unlit_frames(lit))
         range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
