@@ -13,7 +13,7 @@ from typing import Annotated
 
 import numpy as np
 from cyclopts import App, Parameter
-from scipy.ndimage import gaussian_filter, shift, zoom
+from scipy.ndimage import gaussian_filter, shift, uniform_filter1d, zoom
 
 from benchmarks.jobs import without_folders
 from benchmarks.tables import publish
@@ -135,6 +135,11 @@ def _running_mean(s: _Trial) -> _Recording:
     for t in range(1, len(clean)):
         for frames in (clean, recorded):
             frames[t] = (frames[t] + frames[t - 1]) / 2
+    return clean, recorded
+
+
+def _mean_of_three(s: _Trial) -> _Recording:
+    clean, recorded = (uniform_filter1d(x, 3, axis=0) for x in s.both(s.clean))
     return clean, recorded
 
 
@@ -336,6 +341,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "enlarged twofold by interpolation": _enlarged,
     "smeared along rows": _one_axis,
     "recursive average along time": _running_mean,
+    "running mean of 3 frames": _mean_of_three,
     "means of 4 frames": _averaged,
     "vignetting": _vignette,
     "vignetting, divided by the flat field": _flat_field,

@@ -14,7 +14,7 @@ import torch
 from restormer3d.arithmetic import forced_engine, torch_device
 from restormer3d.artefacts.movement import Followed, follow_movement
 from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images, with_one_image
-from restormer3d.artefacts.set_aside import set_aside, without_electrical_noise
+from restormer3d.artefacts.set_aside import made_white, set_aside, without_electrical_noise
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
 from restormer3d.artefacts.uneven_noise import EvenNoise, UnevenNoise, put_back, uneven_noise
 from restormer3d.config import Method
@@ -130,6 +130,7 @@ def _denoise_one(
 ) -> Denoised:
     """Denoise a stack from which `light` (T, H) was taken; `images` as for :func:`fitting.by_network`."""
     started = time.monotonic()
+    stack, as_averaged, correlation = made_white(stack, images, chosen.inference, say)
     stack, electrical = without_electrical_noise(stack, images, chosen.inference, say)
     drawn: tuple[int, ...] = ()
     if light is not None and images is None:
@@ -154,11 +155,12 @@ def _denoise_one(
         denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained, drawn)
     frames = denoised.frames if uneven is None else put_back(denoised.frames, uneven)
     record = denoised.record | {
+        "temporal_correlation": correlation,
         **electrical,
         "movement": None if followed.movement is None else followed.movement.record(),
         "uneven_noise": None if uneven is None else uneven.ratio,
     }
-    return replace(denoised, frames=followed.put_back(frames), record=record)
+    return replace(denoised, frames=as_averaged(followed.put_back(frames)), record=record)
 
 
 def _uneven_noise(stack: Any, unlit: np.ndarray | None, images: np.ndarray | None, say: Say) -> UnevenNoise | None:

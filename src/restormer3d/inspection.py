@@ -9,7 +9,7 @@ from typing import Any
 from restormer3d.activity.tiles import tile_places, tile_shape
 from restormer3d.artefacts.movement import field_movement
 from restormer3d.artefacts.planes import find_planes, of_one_image
-from restormer3d.artefacts.set_aside import set_aside, without_electrical_noise
+from restormer3d.artefacts.set_aside import made_white, set_aside, without_electrical_noise
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
 from restormer3d.artefacts.uneven_noise import uneven_noise
 from restormer3d.inference import window_size
@@ -32,8 +32,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     dict
         File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
         dark or repeats, frames whose borders registration has filled, voxels that a cosmic ray has hit, how far every
-        other line is displaced, frames lit by a stimulus, what electrical ripple and noise of rows add, how the field
-        moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
+        other line is displaced, frames lit by a stimulus, how far noise goes on from frame to frame, what electrical
+        ripple and noise of rows add, how the field moves, how uneven noise is, noise (photon transfer, correlation) and
+        blind spot.
 
     Raises
     ------
@@ -46,11 +47,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
         aside = set_aside(stack, parts)
         light, level = aside.light, aside.record["level"]
         planes = find_planes(aside.stack)
-        seen, electrical = without_electrical_noise(of_one_image(aside.stack, planes), None, parts)
+        alone = planes is None or not planes.shared
+        seen, correlation = of_one_image(aside.stack, planes), 0.0
+        if alone:
+            seen, _, correlation = made_white(seen, None, parts)
+        seen, electrical = without_electrical_noise(seen, None, parts)
         lit = light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
-        alone = planes is None or not planes.shared
         if lit is not None and alone:
             seen = steadied(seen, lit)
         moving = field_movement(seen, jitter=False) if alone else None
@@ -76,6 +80,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "spikes": aside.record["spikes"],
             "line_shift": aside.record["line_shift"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
+            "temporal_correlation": correlation,
             **electrical,
             "movement": None if moving is None else moving.record(),
             "uneven_noise": None if uneven is None else uneven.ratio,
@@ -113,6 +118,8 @@ def describe(facts: dict[str, Any]) -> str:
         "lines": f"every other one is displaced by {abs(facts['line_shift']):.2g} pixels: aligned, and put back"
         * bool(facts["line_shift"]),
         "planes": _planes_in_words(facts["planes"]),
+        "averaging": f"noise goes on along time, correlated by {facts['temporal_correlation']:.2g}: made white"
+        * bool(facts["temporal_correlation"]),
         "ripple": f"electrical waves of {facts['ripple']:.3g} (standard deviation): they are taken away"
         * bool(facts["ripple"]),
         "row noise": f"pixels of a row share {facts['row_noise']:.3g} of it (standard deviation): it is taken away"

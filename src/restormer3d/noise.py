@@ -23,6 +23,7 @@ _TAIL = 0.025  # correlation of farther neighbors that counts, where that of nea
 _RUN = 12  # consecutive frames read together
 _MAX_LAG = 6  # frames between which differences are taken
 _LEAST_ANCHORS = 4  # frames of a run that differences of all lags start from: fewer do not tell of noise with a memory
+_WITHOUT_MEMORY = 0.5  # of the variance by single frames, that white noise has at least
 _TINY = 1e-30
 _MOST_FRAMES, _MOST_SIDE = 240, 256  # that are looked at
 _TIME_LAGS = 2
@@ -236,6 +237,8 @@ def local_variance(
 def seen_noise(stack: Any, frames: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Noise variance of every pixel by differences over one and two frames, of runs without a jump.
 
+    Slow signal, which grows with the delay, is taken off, unless that would be half of it: so does noise with a memory.
+
     Arguments as for :func:`estimate_noise`.
 
     Returns
@@ -253,6 +256,8 @@ def seen_noise(stack: Any, frames: np.ndarray | None = None) -> tuple[np.ndarray
     still = np.array(jumps) <= max(1.5 * np.median(jumps), min(jumps))
     by_lag = np.array(sums)[still].mean(0, dtype=np.float64)
     variance = 2 * by_lag[0] - by_lag[1] if len(by_lag) > 1 else by_lag[0]
+    if variance.sum() < _WITHOUT_MEMORY * by_lag[0].sum():
+        variance = by_lag[-1]
     return variance, np.array(means)[still].mean(0, dtype=np.float64), by_lag[0] > 0
 
 

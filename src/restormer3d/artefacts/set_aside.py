@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from restormer3d.artefacts import borders, idle_frames, scan_lines, spikes, stimulus_light
+from restormer3d.artefacts import borders, idle_frames, scan_lines, spikes, stimulus_light, temporal_correlation
 from restormer3d.artefacts.planes import find_planes, with_one_image
 from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
 from restormer3d.artefacts.row_noise import WithoutRowNoise, row_noise
 from restormer3d.config import InferenceConfig
 from restormer3d.noise import NoiseEstimate, estimate_noise
 from restormer3d.progress import Say, silent
+from restormer3d.spool import held
 from restormer3d.views import Lowered, far_level
 
 _Frames = Iterator[np.ndarray]
@@ -80,6 +81,41 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
         None if light is None else {"frames": int(light.any(1).sum()), "largest": float(light.max())}
     )
     return SetAside(stack, light, record, tuple(undo))
+
+
+def made_white(
+    stack: Any, images: np.ndarray | None, parts: InferenceConfig, say: Say = silent
+) -> tuple[Any, _PutBack, float]:
+    """Make noise white that goes on from frame to frame, and say so.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        What :func:`set_aside` left, or one plane of it.
+    images : numpy.ndarray or None
+        Of planes that are shown in turns, (planes, H, W): what averages along time leaves no planes to tell apart.
+    parts : InferenceConfig
+        Of it `mend` counts.
+    say : function, optional
+        Called with one line of text for the user.
+
+    Returns
+    -------
+    tuple of stack, function and float
+        The stack, in memory or a temporary file where there is room; what averages its denoised frames again; and for
+        a sidecar the largest correlation that its noise had along time, 0 if it is as it was.
+    """
+    found = temporal_correlation.temporal_correlation(stack) if parts.mend and images is None else None
+    if found is None:
+        return stack, iter, 0.0
+    say(
+        f"the noise of frames is correlated along time, by up to {found.largest:.2g}, as of a running average: it is "
+        "made white before denoising, and denoised frames are averaged alike"
+    )
+    white = temporal_correlation.Whitened(stack, found.whitening)
+    values = held(white)
+    put_back = partial(temporal_correlation.put_back, whitening=found.whitening)
+    return white if values is None else values, put_back, found.largest
 
 
 def without_electrical_noise(
