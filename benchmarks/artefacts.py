@@ -215,9 +215,9 @@ def _uneven_light(s: _Trial) -> _Recording:
     return s.both(lit)
 
 
-def _black_columns(s: _Trial) -> _Recording:
-    inside = np.arange(s.shape[2]) >= s.shape[2] // 4
-    return s.clean * inside, s.recorded(s.clean) * inside
+def _black_columns(s: _Trial, clean: np.ndarray, share: float = 0.25) -> _Recording:
+    inside = np.arange(s.shape[2]) >= share * s.shape[2]
+    return clean * inside, s.recorded(clean) * inside
 
 
 def _dropped(s: _Trial) -> _Recording:
@@ -347,7 +347,8 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "vignetting, divided by the flat field": _flat_field,
     "changes relative to the mean (dF/F), vignetting": _relative,
     "the mean of each pixel taken away": _without_means,
-    "a quarter of all columns black": _black_columns,
+    "a quarter of all columns black": lambda s: _black_columns(s, s.clean),
+    "15 % of all columns black, and the field moves": lambda s: _black_columns(s, _wandering(s, 1.5, 3.0), 0.15),
     "five dropped frames": _dropped,
     "one lost frame, offset 2,000": _lost_frame,
     "a shutter that opens slowly, offset 2,000": _slow_shutter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from restormer3d.artefacts.borders import WithoutBorders, without_borders
+from restormer3d.artefacts.borders import WithoutBorders, put_edges_back, without_borders, without_constant_edges
 from restormer3d.artefacts.set_aside import set_aside
 from restormer3d.denoising import array_and_record
 from restormer3d.noise import estimate_noise
@@ -79,6 +79,60 @@ def test_the_fill_comes_back(recording, method):
     assert (
         np.abs(out[inside].astype(float) - whole[inside]).mean() < 0.3 * np.abs(recording - whole.astype(float)).mean()
     )
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+def test_edges_that_never_change_are_left_out(recording, kind):
+    black = (recording % 251).astype(kind)
+    black[:, :5], black[:, :, -9:] = 7, np.arange(9)
+    found = without_constant_edges(black)
+    assert found.shape == (64, 43, 47)
+    out = found[:]
+    np.testing.assert_array_equal(out, black[:, 5:, :-9])
+    for index in (7, slice(20, 40), (slice(None), slice(2, 9), slice(40, 46)), (7, slice(0, 3)), slice(0, 64, 3)):
+        np.testing.assert_array_equal(found[index], out[index])
+    whole = np.stack(list(put_edges_back(iter(out), black[0], found.rows, found.columns)))
+    np.testing.assert_array_equal(whole, black)
+
+
+def test_edges_that_change_once_stay(recording):
+    assert without_constant_edges(recording) is recording
+    black = recording.copy()
+    black[:, :5] = 0
+    black[31, 2, 20] = 1  # between the frames that are looked at first
+    assert without_constant_edges(black).shape == (64, 46, 56)
+    long = np.concatenate([black] * 4)
+    assert without_constant_edges(long).shape == (256, 46, 56)
+
+
+def test_edges_stay_where_little_else_is_left(recording):
+    assert without_constant_edges(np.zeros(SHAPE, np.uint8)).shape == SHAPE
+    black = recording.copy()
+    black[:, :20] = 0
+    assert without_constant_edges(black) is black
+    small = black[:, 18:30]
+    assert without_constant_edges(small) is small
+
+
+def test_edges_come_back_and_cost_nothing(recording):
+    wide = np.pad(recording, ((0, 0), (3, 0), (12, 4)), constant_values=40)
+    chosen, said = settings(iterations=0), []
+    out, record = array_and_record(wide, chosen, say=said.append)
+    assert record["constant_edges"] == [3, 0, 12, 4]
+    assert any("nothing ever changes in 3, 0, 12, 4 rows and columns" in line for line in said)
+    np.testing.assert_array_equal(out[:, 3:, 12:-4], array_and_record(recording, chosen)[0])
+    out[:, 3:, 12:-4] = 40
+    assert (out == 40).all()
+
+
+def test_a_field_that_moves_behind_an_edge_is_followed():
+    clean = simulate_scene((64, 64, 80), seed=82)[:]
+    shifts = np.rint(2 * np.sin(np.arange(64) / 4)).astype(int)
+    moved = np.stack([np.roll(frame, by, 1) for frame, by in zip(clean, shifts, strict=True)])
+    noisy = NoisyScene(moved, *noise_parameters(1), seed=1)[:].astype(np.float32)
+    noisy[..., :16] = 0
+    _, record = array_and_record(noisy, settings(iterations=0), method="gaussian")
+    assert record["movement"]["followed_up_to"][1] > 1
 
 
 def test_the_published_recipe_leaves_them(recording):

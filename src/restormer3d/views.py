@@ -125,16 +125,17 @@ class SomeFrames:
 
 
 class SomePixels:
-    """Rows and columns of a stack as a stack, read when it is sliced along time."""
+    """Rows and columns of a stack as a stack, read when it is sliced."""
 
     def __init__(self, stack: Any, rows: slice, columns: slice):
         self.stack, self.rows, self.columns = stack, rows, columns
         self.shape: tuple[int, int, int] = (stack.shape[0], rows.stop - rows.start, columns.stop - columns.start)
         self.dtype: np.dtype = stack.dtype
 
-    def __getitem__(self, frames: slice) -> np.ndarray:
-        """Read `some[a:b]`."""
-        return self.stack[frames, self.rows, self.columns]
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Read `some[t]`, `some[a:b]` or `some[a:b, y0:y1, x0:x1]`."""
+        times, *crop = index if isinstance(index, tuple) else (index,)
+        return self.stack[times, self.rows, self.columns][(..., *crop, *[slice(None)] * (2 - len(crop)))]
 
     def read(self) -> np.ndarray:
         """Read all frames, a few at a time: of a compressed file whole frames have to be decoded."""

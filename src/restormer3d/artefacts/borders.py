@@ -1,7 +1,8 @@
-"""Borders that registration has filled: a frame that was moved back leaves rows and columns without a recording.
+"""Borders without a recording: registration fills them in frames that were moved back, or nothing ever changes there.
 
-Where they are as wide in every frame, nothing changes there and nothing has to be done. Where they are not, pixels
-alternate between the fill and what the microscope saw, which no average along time survives.
+Where a fill is not as wide in every frame, pixels alternate between it and what the microscope saw, which no average
+along time survives. Where nothing changes, as at the turns of a mirror that are masked, the tissue ends, though when
+the field moves the edge does not.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from restormer3d.noise import NoiseEstimate
-from restormer3d.views import FramesChanged, each_frame
+from restormer3d.normalization import sample_frames
+from restormer3d.views import FramesChanged, SomePixels, each_frame
 
 _SURE = 6.0  # deviations, by which what is recorded at the border of other frames differs from the fill
 _SAMPLE = 64  # frames whose corners say what the fill may be
 _LEAST = 0.05  # of all corners, that are filled
+_LEAST_SIDE = 32  # pixels of what changes
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,44 @@ def put_back(frames: Iterator[np.ndarray], borders: FilledBorders) -> Iterator[n
     """Fill the borders of denoised frames (H, W) as they were."""
     for t, frame in enumerate(frames):
         yield np.where(borders.mask(t, frame.shape), borders.fill, frame) if borders.widths[t].any() else frame
+
+
+def without_constant_edges(stack: Any) -> Any:
+    """Leave out rows and columns along the border whose pixels never change.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As recorded.
+
+    Returns
+    -------
+    stack of shape (T, h, w)
+        `views.SomePixels` of it; the same one where there are none, or where less than 32 rows or columns are left.
+    """
+    first = np.asarray(stack[0])
+    changes = np.zeros(first.shape, bool)
+    # Some frames often tell already that all sides change.
+    for numbers in (sample_frames(stack.shape[0], _SAMPLE), None):
+        frames = each_frame(stack) if numbers is None else ((t, stack[int(t)]) for t in numbers)
+        for _, frame in frames:
+            changes |= frame != first
+        (top, bottom), (left, right) = (_ends(np.logical_not(changes.any(axis))) for axis in (1, 0))
+        rows, columns = slice(top, first.shape[0] - bottom), slice(left, first.shape[1] - right)
+        inside = first[rows, columns].shape
+        if inside == first.shape or min(inside) < min(_LEAST_SIDE, *first.shape):
+            return stack
+    return SomePixels(stack, rows, columns)
+
+
+def put_edges_back(
+    frames: Iterator[np.ndarray], first: np.ndarray, rows: slice, columns: slice
+) -> Iterator[np.ndarray]:
+    """Put what never changes, as in the first frame (H, W), around the rows and columns of denoised frames."""
+    for frame in frames:
+        whole = first.astype(frame.dtype)
+        whole[rows, columns] = frame
+        yield whole
 
 
 def _ends(filled: np.ndarray) -> tuple[int, int]:

@@ -32,8 +32,8 @@ class SetAside(NamedTuple):
     light : numpy.ndarray or None
         Light of a stimulus that was taken away from its rows, (T, H).
     record : dict
-        What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `spikes`, `line_shift`,
-        `stimulus_light`.
+        What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `constant_edges`,
+        `spikes`, `line_shift`, `stimulus_light`.
     undo : tuple of function
         Each puts one thing back into denoised frames, the last one first.
     """
@@ -65,13 +65,14 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
     if record["level"]:
         stack = Lowered(stack, record["level"])
         undo.append(partial(_raised, level=record["level"]))
-    record |= {"idle_frames": 0, "filled_borders": 0, "spikes": 0, "line_shift": 0.0}
+    record |= {"idle_frames": 0, "filled_borders": 0, "constant_edges": None, "spikes": 0, "line_shift": 0.0}
     if parts.mend:
         frames = stack.shape[0]
         stack = _without_idle(stack, parts, undo, say)
         record["idle_frames"] = frames - stack.shape[0]
         noise = estimate_noise(stack)
         stack, record["filled_borders"] = _without_borders(stack, noise, undo, say)
+        stack, record["constant_edges"] = _without_constant_edges(stack, undo, say)
         stack, record["spikes"] = _without_spikes(stack, noise, say)
         stack, record["line_shift"] = _with_lines_aligned(stack, undo, say)
     light = None
@@ -184,6 +185,21 @@ def _without_borders(stack: Any, noise: NoiseEstimate, undo: list[_PutBack], say
     )
     undo.append(partial(borders.put_back, borders=stack.borders))
     return stack, int(stack.borders.widths.any(1).sum())
+
+
+def _without_constant_edges(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, list[int] | None]:
+    """Leave out rows and columns that never change; how many at the top, bottom, left and right."""
+    inside = borders.without_constant_edges(stack)
+    if inside is stack:
+        return stack, None
+    rows, columns = inside.rows, inside.columns
+    widths = [rows.start, stack.shape[1] - rows.stop, columns.start, stack.shape[2] - columns.stop]
+    say(
+        f"nothing ever changes in {', '.join(map(str, widths))} rows and columns at the top, bottom, left and right: "
+        "they are put back as they were"
+    )
+    undo.append(partial(borders.put_edges_back, first=np.array(stack[0]), rows=rows, columns=columns))
+    return inside, widths
 
 
 def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:
