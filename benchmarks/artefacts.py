@@ -232,6 +232,12 @@ def _lost_frame(s: _Trial) -> _Recording:
     return clean, recorded
 
 
+def _broken_off(s: _Trial) -> _Recording:
+    clean, recorded = s.clean + 2000, s.recorded(s.clean) + 2000
+    clean[-1], recorded[-1, s.shape[1] // 2 :] = np.nan, 0
+    return clean, recorded
+
+
 def _slow_shutter(s: _Trial) -> _Recording:
     opening = np.where(np.arange(s.shape[0]) > 0, 1, 0.1)[:, None, None]
     clean, recorded = s.clean + 2000, s.recorded(s.clean * opening) + 2000
@@ -351,6 +357,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "15 % of all columns black, and the field moves": lambda s: _black_columns(s, _wandering(s, 1.5, 3.0), 0.15),
     "five dropped frames": _dropped,
     "one lost frame, offset 2,000": _lost_frame,
+    "the last frame broken off, offset 2,000": _broken_off,
     "a shutter that opens slowly, offset 2,000": _slow_shutter,
     "a spark, offset 2,000": _spark,
     "a tenth of all frames repeated": _some_repeated,

@@ -196,13 +196,13 @@ class InferenceConfig(_Config):
         Whether frames that are blank, dark or repeat the one before are set aside and put back as they were (see
         `artefacts.idle_frames.frames_shown`), borders that registration has filled are, too (see
         `artefacts.borders.without_borders`), rows and columns along the border that never change are left out and put
-        back (see `artefacts.borders.without_constant_edges`), lines of a bidirectional scan that are displaced are
-        aligned, and displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from place
-        to place more than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that goes on
-        from frame to frame white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical
-        ripple and noise that rows share are taken away (see `artefacts.ripple.electrical_ripple` and
-        `artefacts.row_noise.row_noise`), and voxels that a cosmic ray has hit are replaced (see
-        `artefacts.spikes.without_spikes`).
+        back (see `artefacts.borders.without_constant_edges`), rows of single frames that hold one value as well (see
+        `artefacts.blank_rows.without_blank_rows`), lines of a bidirectional scan that are displaced are aligned, and
+        displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from place to place more
+        than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that goes on from frame to
+        frame white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical ripple and noise
+        that rows share are taken away (see `artefacts.ripple.electrical_ripple` and `artefacts.row_noise.row_noise`),
+        and voxels that a cosmic ray has hit are replaced (see `artefacts.spikes.without_spikes`).
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `artefacts.stimulus_light.stimulus_light`).

@@ -15,11 +15,12 @@ from scipy.ndimage import median_filter
 
 from restormer3d.views import SomeFrames, each_frame
 
-_APART = 16  # rows of which one is compared first
+_APART = 16  # rows, or pixels of a row, of which one is compared first
 _SAMPLE = 100  # frames whose mean is what frames show
 _AROUND = 101  # frames that tell what is usual around one
 _PHOTONS = 20  # pixels of a frame that differ from its lowest: fewer may all do so by chance
 _DARK = 0.5  # of the usual contrast of the image, that dark frames have at most
+_USUAL = 0.5  # of all frames
 _SURE = 6.0  # deviations, by which dark frames are darker and of less contrast than chance makes them
 _NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
@@ -40,10 +41,12 @@ def frames_shown(stack: Any) -> np.ndarray:
     frames = stack.shape[0]
     shown = np.arange(frames)
     image = _image(stack)
-    level, contrast = np.zeros(frames), np.zeros(frames)
+    level, contrast, broken = np.zeros(frames), np.zeros(frames), np.zeros(frames, bool)
     before = None
     for t, frame in each_frame(stack):
         level[t], contrast[t] = frame.mean(dtype=np.float64), (frame * image).sum(dtype=np.float64)
+        rows = rows_of_one_value(frame)
+        broken[t] = np.count_nonzero(np.diff(np.pad(rows, 1).astype(np.int8)) > 0) == 1
         if _equal(frame, np.broadcast_to(frame.flat[0], frame.shape)):
             shown[t] = -1
         elif before is not None and _equal(frame, before):
@@ -52,7 +55,9 @@ def frames_shown(stack: Any) -> np.ndarray:
     own = shown == np.arange(frames)
     if not own.all() and _is_sparse(stack, np.flatnonzero(own)):
         return np.arange(frames)
-    shown[np.flatnonzero(own)[_is_dark(level[own], contrast[own])]] = -1
+    # What frames show beside one band of lost rows is not dark, unless most have such a band.
+    broken &= broken.mean() < _USUAL
+    shown[np.flatnonzero(own & ~broken)[_is_dark(level[own], contrast[own])[~broken[own]]]] = -1
     return np.where(np.isin(shown, np.flatnonzero(shown == np.arange(frames))), shown, -1)
 
 
@@ -69,6 +74,13 @@ def put_back(frames: Iterator[np.ndarray], stack: Any, shown: np.ndarray) -> Ite
         if number == t:
             last = next(frames)
         yield stack[t] if number < 0 else last
+
+
+def rows_of_one_value(frame: np.ndarray) -> np.ndarray:
+    """Which rows of a frame (H, W) hold one value, bool (H,)."""
+    rows = (frame[:, ::_APART] == frame[:, :1]).all(1)
+    rows[rows] = (frame[rows] == frame[rows, :1]).all(1)
+    return rows
 
 
 def _equal(frame: np.ndarray, other: np.ndarray) -> bool:

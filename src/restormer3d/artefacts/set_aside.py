@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from restormer3d.artefacts import borders, idle_frames, scan_lines, spikes, stimulus_light, temporal_correlation
+from restormer3d.artefacts import (
+    blank_rows,
+    borders,
+    idle_frames,
+    scan_lines,
+    spikes,
+    stimulus_light,
+    temporal_correlation,
+)
 from restormer3d.artefacts.planes import find_planes, with_one_image
 from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
 from restormer3d.artefacts.row_noise import WithoutRowNoise, row_noise
@@ -33,7 +41,7 @@ class SetAside(NamedTuple):
         Light of a stimulus that was taken away from its rows, (T, H).
     record : dict
         What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `constant_edges`,
-        `spikes`, `line_shift`, `stimulus_light`.
+        `blank_rows`, `spikes`, `line_shift`, `stimulus_light`.
     undo : tuple of function
         Each puts one thing back into denoised frames, the last one first.
     """
@@ -65,7 +73,14 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
     if record["level"]:
         stack = Lowered(stack, record["level"])
         undo.append(partial(_raised, level=record["level"]))
-    record |= {"idle_frames": 0, "filled_borders": 0, "constant_edges": None, "spikes": 0, "line_shift": 0.0}
+    record |= {
+        "idle_frames": 0,
+        "filled_borders": 0,
+        "constant_edges": None,
+        "blank_rows": 0,
+        "spikes": 0,
+        "line_shift": 0.0,
+    }
     if parts.mend:
         frames = stack.shape[0]
         stack = _without_idle(stack, parts, undo, say)
@@ -73,6 +88,7 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
         noise = estimate_noise(stack)
         stack, record["filled_borders"] = _without_borders(stack, noise, undo, say)
         stack, record["constant_edges"] = _without_constant_edges(stack, undo, say)
+        stack, record["blank_rows"] = _without_blank_rows(stack, noise, undo, say)
         stack, record["spikes"] = _without_spikes(stack, noise, say)
         stack, record["line_shift"] = _with_lines_aligned(stack, undo, say)
     light = None
@@ -200,6 +216,16 @@ def _without_constant_edges(stack: Any, undo: list[_PutBack], say: Say) -> tuple
     )
     undo.append(partial(borders.put_edges_back, first=np.array(stack[0]), rows=rows, columns=columns))
     return inside, widths
+
+
+def _without_blank_rows(stack: Any, noise: NoiseEstimate, undo: list[_PutBack], say: Say) -> tuple[Any, int]:
+    """Replace rows of one value; in how many frames."""
+    stack = blank_rows.without_blank_rows(stack, noise)
+    if not isinstance(stack, blank_rows.WithoutBlankRows):
+        return stack, 0
+    say(f"rows of {len(stack.fills)} frames hold one value, as if their data were lost: they are put back as they were")
+    undo.append(partial(blank_rows.put_back, fills=stack.fills))
+    return stack, len(stack.fills)
 
 
 def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:

@@ -138,7 +138,7 @@ class Steadied(FramesChanged):
         """Draw a frame's rows towards the frames around."""
         if (kept := self.kept.get(t)) is not None:
             offset, share = kept[:, crop[0] if crop else slice(None), None]
-            base = _mean_around(self.stack, self.unlit, t, crop) + offset
+            base = mean_around(self.stack, self.unlit, t, crop) + offset
             frame[...] = base + share * (frame - base)
 
 
@@ -166,7 +166,7 @@ def steadied(stack: Any, light: np.ndarray) -> Any:
 
     def rows(t: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Median and median absolute deviation (H,) of rows' differences from the frames around, and how alike."""
-        around = _mean_around(stack, unlit, t, ())
+        around = mean_around(stack, unlit, t)
         apart = stack[t] - around
         middle = np.median(apart, axis=1)
         apart -= middle[:, None]
@@ -193,11 +193,14 @@ def _correlation(apart: np.ndarray, around: np.ndarray, rows: np.ndarray) -> flo
     return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum() + 1e-30)) if rows.any() else 0.0
 
 
-def _mean_around(stack: Any, unlit: np.ndarray, t: int, crop: tuple[Any, ...]) -> np.ndarray:
-    """Mean of the unlit frames next to a frame, on both sides, without it."""
-    place = int(np.searchsorted(unlit, t))
-    after = place + (place < len(unlit) and unlit[place] == t)
-    around = [*unlit[max(0, place - _AROUND) : place], *unlit[after : after + _AROUND]]
+def mean_around(stack: Any, some: np.ndarray, t: int, crop: tuple[Any, ...] = ()) -> np.ndarray:
+    """Mean of those among some frames that are next to frame `t`, four on either side, without it.
+
+    `some` are their numbers, increasing, and `crop` says which rows and columns of them: (H, W) float64.
+    """
+    place = int(np.searchsorted(some, t))
+    after = place + (place < len(some) and some[place] == t)
+    around = [*some[max(0, place - _AROUND) : place], *some[after : after + _AROUND]]
     return np.stack([stack[(int(number), *crop)] for number in around]).mean(0, np.float64)
 
 
