@@ -22,7 +22,16 @@ from restormer3d.fitting import Denoised, by_filter, by_network
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.settings import Pretrained, Settings
 from restormer3d.spool import held, spooled
-from restormer3d.stacks import Rounding, TiffStack, check_stack, finished_frames, too_coarse
+from restormer3d.stacks import (
+    Rounding,
+    TiffStack,
+    WithoutMissing,
+    check_stack,
+    finished_frames,
+    missing_again,
+    too_coarse,
+    without_missing,
+)
 
 
 def array_and_record(
@@ -47,13 +56,14 @@ def array_and_record(
         it was taken from every voxel before, and normalization and noise are those of the rest; where there is
         `uneven_noise`, of intensities divided by the deviation of their noise.
     """
-    check_stack(stack)
+    given = without_missing(stack, check_stack(stack, missing=True))
     seconds = None if time_limit is None else 60 * time_limit
     output = np.empty(stack.shape, stack.dtype)
     with forced_engine(chosen.engine):  # frames are computed as they are asked for
-        result = start_denoising(stack, chosen, method, torch_device(device), seconds, progress, say, pretrained)
+        result = start_denoising(given, chosen, method, torch_device(device), seconds, progress, say, pretrained)
         lost = Rounding()
-        for t, frame in enumerate(finished_frames(result.frames, stack.shape, stack.dtype, lost)):
+        finished = finished_frames(result.frames, stack.shape, stack.dtype, lost)
+        for t, frame in enumerate(finished if given is stack else missing_again(finished, stack)):
             output[t] = frame
     if coarse := too_coarse(lost.share(), stack.dtype):
         say(coarse)
@@ -75,7 +85,7 @@ def start_denoising(
     Parameters
     ----------
     stack : stack of shape (T, H, W)
-        Noisy intensities, checked by `stacks.check_stack`.
+        Noisy intensities, checked by `stacks.check_stack`; of those that lack some, `stacks.without_missing`.
     chosen : Settings
         Of the recipe; within `arithmetic.forced_engine` of its engine.
     method, pretrained, progress, say
@@ -92,6 +102,9 @@ def start_denoising(
     """
     check_known("method", method, Method)
     started = time.monotonic()
+    missing = stack.count if isinstance(stack, WithoutMissing) else 0
+    if missing:
+        say(f"{missing} voxels hold no value (NaN): frames are denoised as if they did, and they are left so")
     aside = set_aside(_readable(stack), chosen.inference, say)
     stack, light = aside.stack, aside.light
     denoise_one = partial(_denoise_one, chosen=chosen, method=method, device=device, pretrained=pretrained)
@@ -105,7 +118,9 @@ def start_denoising(
         denoised = denoise_one(stack, light, images, left, progress, say)
     else:
         denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
-    record = denoised.record | aside.record | {"planes": planes if planes is None else asdict(planes)}
+    record = (
+        denoised.record | aside.record | {"missing": missing, "planes": planes if planes is None else asdict(planes)}
+    )
     return replace(denoised, frames=aside.put_back(denoised.frames), record=record)
 
 
@@ -231,6 +246,8 @@ def _is_constant(stack: Any) -> bool:
 
 def _readable(stack: Any) -> Any:
     """A file whose frames have to be decoded as an array, where there is room: each would be decoded many times."""
+    if isinstance(stack, WithoutMissing):
+        return replace(stack, stack=_readable(stack.stack))
     if not isinstance(stack, TiffStack) or stack.layout.data_offsets is not None:
         return stack
     values = held(stack)

@@ -16,7 +16,7 @@ from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
 from restormer3d.settings import settings, training_plan
-from restormer3d.stacks import check_stack, open_stack
+from restormer3d.stacks import check_stack, open_stack, without_missing
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -30,11 +30,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        File, shape, dtype, axes, size, percentiles, normalization, planes recorded in turns, frames that are blank,
-        dark or repeats, frames whose borders registration has filled, rows and columns that never change, frames with
-        rows of one value, voxels that a cosmic ray has hit, how far every other line is displaced, frames lit by a
-        stimulus, how far noise goes on from frame to frame, what electrical ripple and noise of rows add, how the field
-        moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
+        File, shape, dtype, axes, size, percentiles, normalization, missing voxels, planes recorded in turns, frames
+        that are blank, dark or repeats, frames whose borders registration has filled, rows and columns that never
+        change, frames with rows of one value, voxels that a cosmic ray has hit, how far every other line is displaced,
+        frames lit by a stimulus, how far noise goes on from frame to frame, what electrical ripple and noise of rows
+        add, how the field moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -42,9 +42,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         If the file is not a stack that can be denoised.
     """
     with open_stack(path) as stack:
-        check = check_stack(stack)
+        check = check_stack(stack, missing=True)
+        given = without_missing(stack, check)
         parts = settings().inference
-        aside = set_aside(stack, parts)
+        aside = set_aside(given, parts)
         light, level = aside.light, aside.record["level"]
         planes = find_planes(aside.stack)
         alone = planes is None or not planes.shared
@@ -62,7 +63,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         noise = estimate_noise(seen, frames=unlit_frames(lit))
         range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
-        values = sampled_percentiles(stack, percentiles)
+        values = sampled_percentiles(given, percentiles)
         return {
             "file": str(path),
             "shape": stack.shape,
@@ -74,6 +75,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "maximum": check.maximum,
             "percentiles": dict(zip(percentiles, values, strict=True)),
             "normalization": {"low": range_of.low + level, "high": range_of.high + level},
+            "missing": check.missing,
             "planes": None if planes is None else asdict(planes),
             "idle_frames": aside.record["idle_frames"],
             "filled_borders": aside.record["filled_borders"],
@@ -110,6 +112,7 @@ def describe(facts: dict[str, Any]) -> str:
         "size": f"{facts['megabytes']:.1f} MB of voxels",
         "intensities": f"{_shown(facts['minimum'])} to {_shown(facts['maximum'])}; percentiles "
         + ", ".join(f"{p:g} %: {_shown(value)}" for p, value in facts["percentiles"].items()),
+        "missing": f"{facts['missing']} voxels hold no value (NaN): they stay so" * bool(facts["missing"]),
         "light": f"rows of {facts['lit_frames']} frames are brighter as a whole, as if lit by a stimulus"
         * bool(facts["lit_frames"]),
         "idle": f"{facts['idle_frames']} frames are blank, dark or repeat the one before: they stay as they are"

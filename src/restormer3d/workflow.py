@@ -30,6 +30,7 @@ from restormer3d.stacks import (
     check_stack,
     open_stack,
     too_coarse,
+    without_missing,
     write_stack,
 )
 
@@ -101,7 +102,7 @@ def denoise(
     Raises
     ------
     StackError
-        If the stack cannot be denoised: not (T, H, W), not numbers, constant, NaN, unreadable.
+        If the stack cannot be denoised: not (T, H, W), not numbers, constant, infinite, half NaN, unreadable.
     ValueError
         If a setting is out of range.
     TypeError
@@ -279,9 +280,10 @@ def _denoise_file(
         if save_weights_to is not None:
             check_file(save_weights_to, overwrite, (source, target, beside))
         tell(f"{source.name}: {_described(stack)}" + (f"; {stack.note}" if stack.note else ""))
-        check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]))
+        check = check_stack(stack, progress=lambda done: progress("check", done, stack.shape[0]), missing=True)
+        given = without_missing(stack, check)
         remaining = None if seconds is None else seconds - (time.monotonic() - started)
-        result = start_denoising(stack, chosen, method, device, remaining, progress, tell, pretrained)
+        result = start_denoising(given, chosen, method, device, remaining, progress, tell, pretrained)
         written = write_stack(
             target, result.frames, shape=stack.shape, dtype=stack.dtype, like=stack, overwrite=overwrite
         )

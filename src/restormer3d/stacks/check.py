@@ -24,16 +24,20 @@ class StackCheck:
     Attributes
     ----------
     minimum, maximum : float or int
+        Of the voxels that hold a value.
     sha256 : str
         Hash of the voxels in C order, little-endian, without any header.
+    missing : int
+        Voxels that hold none: NaN.
     """
 
     minimum: float
     maximum: float
     sha256: str
+    missing: int = 0
 
 
-def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> StackCheck:
+def check_stack(stack: Any, progress: Callable[[int], None] | None = None, *, missing: bool = False) -> StackCheck:
     """Read every frame once, in fixed memory, and prove that all can be decoded and denoised.
 
     Parameters
@@ -41,6 +45,8 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     stack : TiffStack or ndarray of shape (T, H, W)
     progress : callable, optional
         Called with the number of frames read so far.
+    missing : bool
+        Whether voxels may be NaN, if they are fewer than half.
 
     Raises
     ------
@@ -65,25 +71,28 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
     if stack.shape[0] == 1:
         raise StackError(f"{name}: a single frame: noise shows in differences of frames, of which two are needed.")
     digest = hashlib.sha256()
-    lows, highs, bad, first_bad = [], [], 0, -1
+    lows, highs, bad, first_bad, none = [], [], 0, -1, 0
     with ThreadPoolExecutor(1) as beside:  # the hash takes longer than all else
         for start, frames in _blocks(stack):
             hashing = beside.submit(digest.update, np.ascontiguousarray(frames, little).data)
-            lows.append(frames.min())
-            highs.append(frames.max())
+            lows.append(np.fmin.reduce(frames, axis=None))
+            highs.append(np.fmax.reduce(frames, axis=None))
             wrong = ~np.isfinite(frames) if frames.dtype.kind == "f" else np.zeros(0)
             if wrong.any():
+                none += int(np.isnan(frames).sum())
                 bad += int(wrong.sum())
                 first_bad = start + int(wrong.any(axis=(1, 2)).argmax()) if first_bad < 0 else first_bad
             hashing.result()
             if progress is not None:
                 progress(start + len(frames))
-    if bad:
+    if missing and 2 * none >= np.prod(stack.shape):
+        raise StackError(f"{name}: {none} voxels are NaN, half of all or more. Check how the stack was saved.")
+    if bad > (none if missing else 0):
         raise StackError(
             f"{name}: expected finite values, found {bad} voxels of NaN or infinity, the first in frame {first_bad}. "
             "Leave those frames out, or replace the values, for example with np.nan_to_num, and save the stack again."
         )
-    minimum, maximum = min(lows).item(), max(highs).item()
+    minimum, maximum = np.fmin.reduce(lows).item(), np.fmax.reduce(highs).item()
     if minimum == maximum:
         raise StackError(
             f"{name}: every voxel is {minimum}: nothing to denoise. Check that the right channel was saved."
@@ -93,7 +102,7 @@ def check_stack(stack: Any, progress: Callable[[int], None] | None = None) -> St
             f"{name}: expected floats that reach over {_RANGE[0]:g} to {_RANGE[1]:g}, got {minimum:g} to {maximum:g}. "
             "Replace fill values, or multiply by a power of ten, and save the stack again."
         )
-    return StackCheck(minimum, maximum, digest.hexdigest())
+    return StackCheck(minimum, maximum, digest.hexdigest(), none)
 
 
 def _blocks(stack: Any) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -30,6 +30,7 @@ from restormer3d.stacks.carry import (
 )
 from restormer3d.stacks.chain import StackError, page_chain
 from restormer3d.stacks.layout import DTYPES
+from restormer3d.stacks.missing import missing_again
 from restormer3d.stacks.read import TiffStack
 from restormer3d.stacks.rounding import Rounding
 
@@ -82,7 +83,8 @@ def write_stack(
     dtype : dtype
         Of the file: int8/16/32, uint8/16/32 or float16/32/64.
     like : TiffStack, optional
-        The recording that the output stands in for, of the same shape and dtype: gives byte order, axes and tags.
+        The recording that the output stands in for, of the same shape and dtype: gives byte order, axes and tags. Where
+        it is NaN, the output is.
     overwrite : bool
         Replace an existing file.
     classic_limit : int
@@ -112,7 +114,10 @@ def write_stack(
     part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part-{os.getpid()}")
     try:
         with _named_os_errors(path.parent, file_bytes(shape, dtype)):
-            _write_pages(part, finished_frames(frames, shape, dtype, lost), options, shape, dtype, like)
+            finished = finished_frames(frames, shape, dtype, lost)
+            if like is not None:
+                finished = missing_again(finished, like)
+            _write_pages(part, finished, options, shape, dtype, like)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             page_chain(part)
