@@ -87,6 +87,19 @@ def test_a_recording_is_scored_without_ground_truth(scene, tmp_path):
     assert 0.9 < values["gaussian"]["held_out"]["in_noise_variances"] < 1.3
 
 
+def test_a_running_average_is_scored_by_frames_that_it_has_no_part_in(tmp_path, capsys):
+    assert run("simulate", "-o", tmp_path, "--shape", 100, 32, 32, "--noise-level", 2, "--seed", 3) == 0
+    frames = tifffile.imread(tmp_path / "scene0_noisy_level2.tif").astype(np.float32)
+    for t in range(1, len(frames)):
+        frames[t] = (frames[t - 1] + frames[t]) / 2
+    frames[7, :, :3] = np.nan
+    tifffile.imwrite(tmp_path / "averaged.tif", frames)
+    scores = tmp_path / "real.json"
+    assert run("evaluate", "--real", tmp_path / "averaged.tif", "--methods", "gaussian", "--json", scores) == 0
+    assert 0.9 < json.loads(scores.read_text())["gaussian"]["held_out"]["in_noise_variances"] < 1.3
+    assert "made white" in capsys.readouterr().err
+
+
 def test_a_method_that_fails_takes_no_other_along(scene, tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise MemoryError("no room")
@@ -103,9 +116,9 @@ def test_a_method_that_fails_takes_no_other_along(scene, tmp_path, monkeypatch, 
 
 def test_a_recording_that_cannot_be_denoised_is_refused_before_it_is_measured(scene, tmp_path, capsys):
     frames = tifffile.imread(scene["noisy_level2.tif"]).astype(np.float32)
-    frames[3, 2, 1] = np.nan
-    tifffile.imwrite(tmp_path / "nan.tif", frames)
-    assert run("evaluate", "--real", tmp_path / "nan.tif") == 1
+    frames[3, 2, 1] = np.inf
+    tifffile.imwrite(tmp_path / "infinite.tif", frames)
+    assert run("evaluate", "--real", tmp_path / "infinite.tif") == 1
     assert "expected finite values" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import tifffile
 
 from restormer3d.artefacts.planes import find_planes, of_one_image
+from restormer3d.artefacts.temporal_correlation import Whitened, temporal_correlation
 from restormer3d.checkpoint import replacing
 from restormer3d.config import Method
 from restormer3d.denoising import array_and_record
@@ -22,7 +23,7 @@ from restormer3d.report import held_out_frame_error, photon_transfer, residual_w
 from restormer3d.settings import Settings
 from restormer3d.sidecar import as_json
 from restormer3d.simulation import NoisyScene, simulate_scene, write_scene
-from restormer3d.stacks import StackError, TiffStack, check_stack, open_stack
+from restormer3d.stacks import StackError, TiffStack, check_stack, open_stack, without_missing
 from restormer3d.workflow import FAILURES
 
 
@@ -77,7 +78,8 @@ def evaluate_real(
 
     Each method denoises the even frames only (every other turn where the stack shows planes in turns); the odd ones,
     predicted by interpolation, are compared with what was recorded. The noise is independent between frames, so the
-    error is the noise's variance plus the method's error: differences between methods are unbiased.
+    error is the noise's variance plus the method's error: differences between methods are unbiased. Where it is not, as
+    in running averages, it is made white before. Voxels that are NaN hold what other frames show there.
 
     Parameters
     ----------
@@ -97,9 +99,15 @@ def evaluate_real(
         `instead_of_the_network` where the time sufficed for none; `failed` with the reason where it could not end.
     """
     with open_stack(noisy) as stack:
-        check_stack(stack)
-        recording = stack[:]
+        recording = without_missing(stack, check_stack(stack, missing=True))[:]
     planes = find_planes(recording)
+    averaged = temporal_correlation(recording) if planes is None else None
+    if averaged is not None:
+        say(
+            f"the noise of frames is correlated along time, by up to {averaged.largest:.2g}, and who keeps it would "
+            "foretell frames: methods denoise the recording whose noise was made white, and are scored on it"
+        )
+        recording = Whitened(recording, averaged.whitening)[:]
     noise = photon_transfer(of_one_image(recording, planes))
     scores: dict[str, dict[str, Any]] = {"recording": {"photon_transfer": noise}}
     for method in methods:
