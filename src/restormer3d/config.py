@@ -196,8 +196,8 @@ class InferenceConfig(_Config):
         Whether frames that are blank, dark or repeat the one before are set aside and put back as they were (see
         `artefacts.idle_frames.frames_shown`), borders that registration has filled are, too (see
         `artefacts.borders.without_borders`), rows and columns along the border that never change are left out and put
-        back (see `artefacts.borders.without_constant_edges`), rows of single frames that hold one value as well (see
-        `artefacts.blank_rows.without_blank_rows`), lines of a bidirectional scan that are displaced are aligned, and
+        back (see `artefacts.borders.without_constant_edges`), voxels of single frames whose data were lost as well (see
+        `artefacts.lost_voxels.without_lost_voxels`), lines of a bidirectional scan that are displaced are aligned, and
         displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from place to place more
         than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that goes on from frame to
         frame white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical ripple and noise

@@ -32,7 +32,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     dict
         File, shape, dtype, axes, size, percentiles, normalization, missing voxels, planes recorded in turns, frames
         that are blank, dark or repeats, frames whose borders registration has filled, rows and columns that never
-        change, frames with rows of one value, voxels that a cosmic ray has hit, how far every other line is displaced,
+        change, voxels whose data were lost, voxels that a cosmic ray has hit, how far every other line is displaced,
         frames lit by a stimulus, how far noise goes on from frame to frame, what electrical ripple and noise of rows
         add, how the field moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
 
@@ -80,7 +80,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "idle_frames": aside.record["idle_frames"],
             "filled_borders": aside.record["filled_borders"],
             "constant_edges": aside.record["constant_edges"],
-            "blank_rows": aside.record["blank_rows"],
+            "lost_voxels": aside.record["lost_voxels"],
             "spikes": aside.record["spikes"],
             "line_shift": aside.record["line_shift"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
@@ -123,8 +123,8 @@ def describe(facts: dict[str, Any]) -> str:
             *facts["constant_edges"] or [0] * 4
         )
         * bool(facts["constant_edges"]),
-        "blank rows": f"in {facts['blank_rows']} frames, as if their data were lost: they stay as they are"
-        * bool(facts["blank_rows"]),
+        "lost": f"{facts['lost_voxels']} voxels are as if their data were lost: they stay as they are"
+        * bool(facts["lost_voxels"]),
         "spikes": f"{facts['spikes']} voxels are as if hit by a cosmic ray: they are replaced" * bool(facts["spikes"]),
         "lines": f"every other one is displaced by {abs(facts['line_shift']):.2g} pixels: aligned, and put back"
         * bool(facts["line_shift"]),

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from restormer3d.artefacts import (
-    blank_rows,
     borders,
     idle_frames,
+    lost_voxels,
     scan_lines,
     spikes,
     stimulus_light,
@@ -41,7 +41,7 @@ class SetAside(NamedTuple):
         Light of a stimulus that was taken away from its rows, (T, H).
     record : dict
         What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `constant_edges`,
-        `blank_rows`, `spikes`, `line_shift`, `stimulus_light`.
+        `lost_voxels`, `spikes`, `line_shift`, `stimulus_light`.
     undo : tuple of function
         Each puts one thing back into denoised frames, the last one first.
     """
@@ -77,7 +77,7 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
         "idle_frames": 0,
         "filled_borders": 0,
         "constant_edges": None,
-        "blank_rows": 0,
+        "lost_voxels": 0,
         "spikes": 0,
         "line_shift": 0.0,
     }
@@ -88,7 +88,7 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
         noise = estimate_noise(stack)
         stack, record["filled_borders"] = _without_borders(stack, noise, undo, say)
         stack, record["constant_edges"] = _without_constant_edges(stack, undo, say)
-        stack, record["blank_rows"] = _without_blank_rows(stack, noise, undo, say)
+        stack, record["lost_voxels"] = _without_lost_voxels(stack, noise, undo, say)
         stack, record["spikes"] = _without_spikes(stack, noise, say)
         stack, record["line_shift"] = _with_lines_aligned(stack, undo, say)
     light = None
@@ -218,14 +218,15 @@ def _without_constant_edges(stack: Any, undo: list[_PutBack], say: Say) -> tuple
     return inside, widths
 
 
-def _without_blank_rows(stack: Any, noise: NoiseEstimate, undo: list[_PutBack], say: Say) -> tuple[Any, int]:
-    """Replace rows of one value; in how many frames."""
-    stack = blank_rows.without_blank_rows(stack, noise)
-    if not isinstance(stack, blank_rows.WithoutBlankRows):
+def _without_lost_voxels(stack: Any, noise: NoiseEstimate, undo: list[_PutBack], say: Say) -> tuple[Any, int]:
+    """Replace voxels whose data were lost; how many."""
+    stack = lost_voxels.without_lost_voxels(stack, noise)
+    if not isinstance(stack, lost_voxels.WithoutLostVoxels):
         return stack, 0
-    say(f"rows of {len(stack.fills)} frames hold one value, as if their data were lost: they are put back as they were")
-    undo.append(partial(blank_rows.put_back, fills=stack.fills))
-    return stack, len(stack.fills)
+    count = sum(int(lost.sum()) for lost in stack.lost.values())
+    say(f"{count} voxels of {len(stack.lost)} frames are as if their data were lost: they are put back as they were")
+    undo.append(partial(lost_voxels.put_back, recorded=stack))
+    return stack, count
 
 
 def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:

@@ -1,0 +1,100 @@
+"""Voxels of single frames without a recording: a frame was broken off, or data were lost on their way.
+
+Rows of them hold one value, far from what other frames show there; or they are far below all that is recorded, as zeros
+are where darkness is an offset. One frame of them costs all others some of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from restormer3d.artefacts.idle_frames import rows_of_one_value
+from restormer3d.artefacts.stimulus_light import mean_around
+from restormer3d.noise import NoiseEstimate
+from restormer3d.normalization import sample_frames
+from restormer3d.views import FramesChanged, each_frame
+
+_LEAST_FRAMES = 16  # without lost voxels
+_SAMPLE = 100  # frames that tell what is usual
+_SURE = 6.0  # deviations, by which rows of one value differ from what others show there
+_LOW = 0.001  # quantile of all intensities
+_FAR = 4.0  # times as far below their median as that quantile: twelve deviations of normal noise
+_MOST = 0.9  # of a frame, that is lost: what is all far below is darker, but there
+
+
+@dataclass(frozen=True)
+class WithoutLostVoxels(FramesChanged):
+    """A stack (T, H, W) whose lost voxels hold the mean of what frames around show there.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As recorded.
+    lost : dict of int to numpy.ndarray
+        By frame, which voxels are lost, (H, W) bool.
+    whole : numpy.ndarray
+        Numbers of the frames without lost voxels, increasing.
+    """
+
+    lost: dict[int, np.ndarray]
+    whole: np.ndarray
+
+    def change(self, frame: np.ndarray, t: int, crop: tuple[Any, ...]) -> None:
+        """Put what frames around show where voxels are lost."""
+        if (lost := self.lost.get(t)) is not None:
+            np.copyto(frame, mean_around(self.stack, self.whole, t, crop), "same_kind", where=lost[crop])
+
+
+def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
+    """Put the mean of frames around where voxels are lost.
+
+    Parameters
+    ----------
+    stack : stack of shape (T, H, W)
+        As recorded.
+    noise : NoiseEstimate
+        Of this stack: few photons leave whole rows at zero by chance.
+
+    Returns
+    -------
+    stack of shape (T, H, W)
+        The same one where none are lost, or where fewer than 16 frames are whole.
+    """
+    frames = stack.shape[0]
+    some = np.stack([stack[int(t)] for t in sample_frames(frames, _SAMPLE)])
+    changes = (some != some[0]).any(0)
+    if not changes.any():
+        return stack
+    low, usual = np.median(np.quantile(some[:, changes], (_LOW, 0.5), axis=1), axis=1)
+    least = usual - _FAR * (usual - low)
+    lost: dict[int, np.ndarray] = {}
+    for t, frame in each_frame(stack):
+        below, blank = changes & (frame < least), rows_of_one_value(frame)
+        if (blank.any() and not blank.all()) or 0 < below.mean() < _MOST:
+            lost[t] = below | blank[:, None]
+    whole = np.setdiff1d(np.arange(frames), list(lost))
+    if not lost or len(whole) < _LEAST_FRAMES:
+        return stack
+    shown = np.stack([stack[int(whole[n])] for n in sample_frames(len(whole), _SAMPLE)])
+    image = np.asarray(shown.mean(0, np.float64))
+    deviation = np.sqrt(noise.variance(image).sum(1))
+    for t in list(lost):
+        frame = np.asarray(stack[t], np.float64)
+        sure = np.abs((image - frame).sum(1)) > _SURE * deviation
+        # Frames that fade pass the least intensity, too, but not far from those around.
+        far = (frame < least) & (frame < mean_around(stack, whole, t) - _FAR / 2 * (usual - low))
+        lost[t] &= (sure & rows_of_one_value(frame))[:, None] | far
+        if not lost[t].any():
+            del lost[t]
+    return WithoutLostVoxels(stack, lost, whole) if lost else stack
+
+
+def put_back(frames: Iterator[np.ndarray], recorded: WithoutLostVoxels) -> Iterator[np.ndarray]:
+    """Leave lost voxels of denoised frames (H, W) as they were."""
+    for t, frame in enumerate(frames):
+        lost = recorded.lost.get(t)
+        yield frame if lost is None else np.where(lost, recorded.stack[t], frame).astype(frame.dtype)
