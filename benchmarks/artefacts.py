@@ -209,6 +209,14 @@ def _with_light(s: _Trial, light: float, rows: slice = slice(None), frames: int 
     return s.both(lit)
 
 
+def _darkness(s: _Trial) -> _Recording:
+    clean, recorded = s.both(s.clean)
+    level = np.full((s.shape[0], 1, 1), 1000.0)
+    for first in (s.shape[0] // 4, 5 * s.shape[0] // 8):
+        level[first : first + 4] -= 300
+    return clean + level, recorded + level
+
+
 def _uneven_light(s: _Trial) -> _Recording:
     lit = s.clean.copy()
     lit[len(lit) // 2 : len(lit) // 2 + 4] += np.linspace(100, 500, s.shape[1])[:, None]
@@ -378,6 +386,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "light, 100 to 500 ADU from the first to the last row of 4 frames": _uneven_light,
     "light, 300 ADU in 80 frames": lambda s: _with_light(s, 300, frames=40),
     "light, 300 ADU in 8 frames, and the field moves": _light_on_movement,
+    "darker by 300 ADU in 8 frames, offset 1,000": _darkness,
     "seven of these at once, offset 500": _several,
 }
 """From a trial to its truth and the recording of it, (T, H, W) both, by name; frames of NaN are not scored."""

@@ -18,7 +18,7 @@ from restormer3d.artefacts.stimulus_light import (
     take_light_away,
     unlit_frames,
 )
-from restormer3d.denoising import start_denoising
+from restormer3d.denoising import array_and_record, start_denoising
 from restormer3d.fitting import to_learn_from
 from restormer3d.inspection import describe, inspect
 from restormer3d.noise import estimate_noise
@@ -82,9 +82,36 @@ def test_what_is_not_light(plain):
         assert stimulus_light(photons(clean)) is None
     assert stimulus_light(np.full((40, 20, 20), 7, np.uint8)) is None
     assert stimulus_light(photons(lit(plain[:15], [(slice(3, 4), slice(None))], 400)[0])) is None  # too few to compare
-    dropped = photons(plain)
-    dropped[40:44] = 0
-    assert stimulus_light(dropped) is None
+
+
+def test_darkness_after_it_is_found_as_well(plain):
+    """As of a detector that follows changes alone."""
+    recorded = photons(plain) + 2000
+    level = np.zeros(plain.shape[:2])
+    level[30] = 800
+    level[31:38] = -300 * np.exp(-np.arange(7) / 4)[:, None]
+    level[80, 10:40] = -250
+    found = stimulus_light(recorded + np.rint(level)[:, :, None])
+    edges = (found != 0) != (level != 0)
+    assert edges.sum() <= 6
+    assert np.abs(found - level)[~edges].max() < 30
+    stack, light = take_light_away(recorded + np.rint(level)[:, :, None])
+    assert np.abs(stack[:] - recorded).mean() < 10
+    assert isinstance(steadied(stack, light), WithoutLight)  # there is no noise of light in the dark
+    np.testing.assert_allclose(np.stack(list(put_back(iter(stack[:]), light))), stack.stack, atol=0.01)
+
+
+def test_denoising_gains_where_the_level_falls():
+    clean = simulate_scene((96, 64, 64), seed=78)[:].astype(np.float64)
+    noisy, level = photons(clean, seed=3).astype(np.float64), np.zeros((96, 1, 1))
+    level[40:43] = level[70:72] = -600
+    chosen = settings(iterations=0)
+    part = chosen.inference.model_copy(update={"stimulus_light": False})
+    plain, record = array_and_record((noisy + level + 1000).astype(np.float32), chosen)
+    assert -650 < record["stimulus_light"]["largest"] < -550
+    left_in, _ = array_and_record((noisy + level + 1000).astype(np.float32), replace(chosen, inference=part))
+    error = [np.square(x - (clean + level + 1000)).mean() for x in (plain, left_in)]
+    assert error[0] < 0.7 * error[1]
 
 
 def test_few_photons_are_no_light():
@@ -151,7 +178,7 @@ def test_denoising_goes_around_the_light(monkeypatch):
     assert nothing is none_found is None
     assert record["frames"] == 4
     assert 1900 < record["largest"] < 2100
-    assert any("4 frames are brighter as a whole" in line for line in said)
+    assert any("4 frames are brighter or darker as a whole" in line for line in said)
     assert error(out) < 0.5 * error(without)
     assert error(out) < 2 * error(never_lit, clean)  # lit frames have more noise than the others
     assert abs((out - bright)[light > 0].mean()) < 20
@@ -267,10 +294,10 @@ def test_inspect_says_so(plain, tmp_path):
     tifffile.imwrite(path, photons(lit(plain, [(slice(30, 33), slice(None))], 400)[0]))
     facts = inspect(path)
     assert facts["lit_frames"] == 3
-    assert "rows of 3 frames are brighter as a whole" in describe(facts)
+    assert "rows of 3 frames are brighter or darker as a whole" in describe(facts)
     tifffile.imwrite(path, photons(plain))
     unlit = inspect(path)
     assert unlit["lit_frames"] == 0
-    assert "brighter as a whole" not in describe(unlit)
+    assert "brighter or darker as a whole" not in describe(unlit)
     assert facts["normalization"]["high"] == pytest.approx(unlit["normalization"]["high"], rel=0.1)
     assert facts["percentiles"][99.5] > 1.2 * unlit["percentiles"][99.5]

@@ -113,7 +113,7 @@ def describe(facts: dict[str, Any]) -> str:
         "intensities": f"{_shown(facts['minimum'])} to {_shown(facts['maximum'])}; percentiles "
         + ", ".join(f"{p:g} %: {_shown(value)}" for p, value in facts["percentiles"].items()),
         "missing": f"{facts['missing']} voxels hold no value (NaN): they stay so" * bool(facts["missing"]),
-        "light": f"rows of {facts['lit_frames']} frames are brighter as a whole, as if lit by a stimulus"
+        "light": f"rows of {facts['lit_frames']} frames are brighter or darker as a whole, as if lit by a stimulus"
         * bool(facts["lit_frames"]),
         "idle": f"{facts['idle_frames']} frames are blank, dark or repeat the one before: they stay as they are"
         * bool(facts["idle_frames"]),

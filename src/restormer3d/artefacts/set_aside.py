@@ -94,9 +94,10 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
     light = None
     if parts.stimulus_light:
         stack, light = _without_light(stack, undo, say)
-    record["stimulus_light"] = (
-        None if light is None else {"frames": int(light.any(1).sum()), "largest": float(light.max())}
-    )
+    record["stimulus_light"] = None
+    if light is not None:
+        largest = float(light.flat[np.abs(light).argmax()])
+        record["stimulus_light"] = {"frames": int(light.any(1).sum()), "largest": largest}
     return SetAside(stack, light, record, tuple(undo))
 
 
@@ -256,8 +257,8 @@ def _without_light(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, np.
     stack, light = stimulus_light.take_light_away(stack)
     if light is not None:
         say(
-            f"rows of {light.any(1).sum()} frames are brighter as a whole, by up to {light.max():.4g}, as if lit by "
-            "a stimulus: that light is taken away before denoising and put back afterwards"
+            f"rows of {light.any(1).sum()} frames are brighter or darker as a whole, by up to {np.abs(light).max():.4g}, as "
+            "if lit by a stimulus: that is taken away before denoising and put back afterwards"
         )
         undo.append(partial(stimulus_light.put_back, light=light))
     return stack, light

@@ -1,8 +1,9 @@
-"""Light of a stimulus: bands of rows of some frames that are brighter as a whole.
+"""Light of a stimulus: bands of rows of some frames that are brighter, or afterwards darker, as a whole.
 
 A lamp that flashes for the animal also reaches the detector: every pixel of the rows that are read meanwhile has the
-same of it. That is far stronger than activity, and whatever smooths along time would smear it over frames it was not
-in. It is taken away before denoising, and put back afterwards.
+same of it; after it, detectors that follow changes alone show less than there is. That is far stronger than activity,
+and whatever smooths along time would smear it over frames it was not in. It is taken away before denoising, and put
+back afterwards.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def stimulus_light(stack: Any) -> np.ndarray | None:
     """Find light that all pixels of a row share, in frames that are fewer than half of the hundred around them.
 
     Light moves the median of what a row differs by from the static image, and the lower quartile with it. Activity that
-    does so would have to cover more than three quarters of the row.
+    does so would have to cover more than three quarters of the row. What a row is darker by counts as negative light.
 
     Parameters
     ----------
@@ -160,7 +161,7 @@ def steadied(stack: Any, light: np.ndarray) -> Any:
         The same one where light is weak, or too few frames are without it.
     """
     unlit = unlit_frames(light)
-    lit = np.flatnonzero(light.any(1))
+    lit = np.flatnonzero((light > 0).any(1))
     if unlit is None:
         return stack
 
@@ -211,17 +212,18 @@ def put_back(frames: Iterator[np.ndarray], light: np.ndarray) -> Iterator[np.nda
 
 
 def _shared_light(frames: np.ndarray) -> np.ndarray:
-    """By how much bands of rows of frames (T, H, W) are brighter than in the frames around, (T, H). Changes them."""
+    """By how much bands of rows of frames (T, H, W) differ from the frames around, (T, H). Changes the frames."""
     some = frames[:: -(-len(frames) // _SAMPLE)]
     least = _least_light(np.abs(np.diff(some, axis=0)))
     frames -= np.median(some, axis=0)
-    ranks = frames.shape[2] // 4, frames.shape[2] // 2
+    width = frames.shape[2]
+    ranks = width // 4, width // 2, width - 1 - width // 4
     with ThreadPoolExecutor(thread_count()) as pool:
         ordered = pool.map(lambda frame: np.partition(frame, ranks, axis=1)[:, ranks], frames)
-        lower, middle = np.stack(list(ordered)).transpose(2, 0, 1)  # each (T, H)
-    lower, middle = (x - _usual(x) for x in (lower, middle))
+        lower, middle, upper = np.stack(list(ordered)).transpose(2, 0, 1)  # each (T, H)
+    lower, middle, upper = (x - _usual(x) for x in (lower, middle, upper))
     light = np.zeros_like(middle)
-    for t, y in _lit_bands(lower, middle, least):
+    for t, y in _lit_bands(lower, middle, least) + _lit_bands(-upper, -middle, least):
         light[t, y] = np.median(middle[t, y])
     return light
 
