@@ -257,8 +257,8 @@ def _without_light(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, np.
     stack, light = stimulus_light.take_light_away(stack)
     if light is not None:
         say(
-            f"rows of {light.any(1).sum()} frames are brighter or darker as a whole, by up to {np.abs(light).max():.4g}, as "
-            "if lit by a stimulus: that is taken away before denoising and put back afterwards"
+            f"rows of {light.any(1).sum()} frames are brighter or darker as a whole, by up to {np.abs(light).max():.4g}: "
+            "light of a stimulus, it seems, which is taken away before denoising and put back afterwards"
         )
         undo.append(partial(stimulus_light.put_back, light=light))
     return stack, light
