@@ -326,6 +326,10 @@ def _noise_of_rows(s: _Trial) -> _Recording:
     return s.clean, s.recorded(s.clean) + 20 * s.rng.standard_normal((*s.shape[:2], 1))
 
 
+def _noise_of_frames(s: _Trial) -> _Recording:
+    return s.clean, s.recorded(s.clean) + 10 * s.rng.standard_normal((s.shape[0], 1, 1))
+
+
 def _flicker(s: _Trial) -> _Recording:
     return s.both(s.clean * (1 + 0.05 * s.rng.standard_normal((s.shape[0], 1, 1))))
 
@@ -348,6 +352,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "brightness flickers by 5 %": _flicker,
     "bleaching, to a fifth": lambda s: s.both(s.clean * np.exp(-1.6 * np.linspace(0, 1, len(s.clean)))[:, None, None]),
     "noise that rows share": _noise_of_rows,
+    "noise that frames share": _noise_of_frames,
     "electrical ripple": _ripple,
     "hum of the mains": lambda s: (s.clean, s.recorded(s.clean) + _hum(s)),
     "hot pixels": _hot,

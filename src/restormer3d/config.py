@@ -201,8 +201,9 @@ class InferenceConfig(_Config):
         displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from place to place more
         than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that goes on from frame to
         frame white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical ripple and noise
-        that rows share are taken away (see `artefacts.ripple.electrical_ripple` and `artefacts.row_noise.row_noise`),
-        and voxels that a cosmic ray has hit are replaced (see `artefacts.spikes.without_spikes`).
+        that frames or rows share are taken away (see `artefacts.ripple.electrical_ripple`,
+        `artefacts.level_noise.level_noise` and `artefacts.row_noise.row_noise`), and voxels that a cosmic ray has hit
+        are replaced (see `artefacts.spikes.without_spikes`).
     stimulus_light : bool
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `artefacts.stimulus_light.stimulus_light`).

@@ -33,8 +33,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         File, shape, dtype, axes, size, percentiles, normalization, missing voxels, planes recorded in turns, frames
         that are blank, dark or repeats, frames whose borders registration has filled, rows and columns that never
         change, voxels whose data were lost, voxels that a cosmic ray has hit, how far every other line is displaced,
-        frames lit by a stimulus, how far noise goes on from frame to frame, what electrical ripple and noise of rows
-        add, how the field moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
+        frames lit by a stimulus, how far noise goes on from frame to frame, what electrical ripple and noise of frames
+        and rows add, how the field moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -133,6 +133,8 @@ def describe(facts: dict[str, Any]) -> str:
         * bool(facts["temporal_correlation"]),
         "ripple": f"electrical waves of {facts['ripple']:.3g} (standard deviation): they are taken away"
         * bool(facts["ripple"]),
+        "level noise": f"pixels of a frame share {facts['level_noise']:.3g} (standard deviation): it is taken away"
+        * bool(facts["level_noise"]),
         "row noise": f"pixels of a row share {facts['row_noise']:.3g} of it (standard deviation): it is taken away"
         * bool(facts["row_noise"]),
         "movement": _movement_in_words(facts["movement"]),

@@ -17,6 +17,7 @@ from restormer3d.artefacts import (
     stimulus_light,
     temporal_correlation,
 )
+from restormer3d.artefacts.level_noise import level_noise
 from restormer3d.artefacts.planes import find_planes, with_one_image
 from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
 from restormer3d.artefacts.row_noise import WithoutRowNoise, row_noise
@@ -139,7 +140,7 @@ def made_white(
 def without_electrical_noise(
     stack: Any, images: np.ndarray | None, parts: InferenceConfig, say: Say = silent
 ) -> tuple[Any, dict[str, float]]:
-    """Take away what electrical ripple adds to frames, and what noise to their rows, for good, and say so.
+    """Take away what electrical ripple adds to frames, and what noise to all pixels or to rows, for good, and say so.
 
     Parameters
     ----------
@@ -156,9 +157,9 @@ def without_electrical_noise(
     -------
     tuple of stack and dict
         The stack without them, and for a sidecar the standard deviation of what they added to voxels, in intensities:
-        `ripple` and `row_noise`.
+        `ripple`, `level_noise` and `row_noise`.
     """
-    record = {"ripple": 0.0, "row_noise": 0.0}
+    record = {"ripple": 0.0, "level_noise": 0.0, "row_noise": 0.0}
     if parts.mend and (ripple := electrical_ripple(with_one_image(stack, images))) is not None:
         record["ripple"] = ripple.deviation
         stack = WithoutRipple(stack, ripple)
@@ -166,6 +167,10 @@ def without_electrical_noise(
             f"waves of electrical ripple are in the frames, {ripple.deviation:.3g} together (standard deviation): "
             "they are taken away"
         )
+    if parts.mend and (level := level_noise(with_one_image(stack, images))) is not None:
+        record["level_noise"] = float(level.std())
+        stack = WithoutRowNoise(stack, np.repeat(level[:, None], stack.shape[1], axis=1))
+        say(f"the pixels of a frame share noise, {level.std():.3g} (standard deviation): it is taken away")
     if parts.mend and (noise := row_noise(with_one_image(stack, images))) is not None:
         record["row_noise"] = float(noise.std())
         stack = WithoutRowNoise(stack, noise)
@@ -257,7 +262,7 @@ def _without_light(stack: Any, undo: list[_PutBack], say: Say) -> tuple[Any, np.
     stack, light = stimulus_light.take_light_away(stack)
     if light is not None:
         say(
-            f"rows of {light.any(1).sum()} frames are brighter or darker as a whole, by up to {np.abs(light).max():.4g}: "
+            f"rows of {light.any(1).sum()} frames are brighter or darker as a whole, up to {np.abs(light).max():.4g}: "
             "light of a stimulus, it seems, which is taken away before denoising and put back afterwards"
         )
         undo.append(partial(stimulus_light.put_back, light=light))
