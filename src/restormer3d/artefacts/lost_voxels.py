@@ -71,25 +71,27 @@ def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
         return stack
     low, usual = np.median(np.quantile(some[:, changes], (_LOW, 0.5), axis=1), axis=1)
     least = usual - _FAR * (usual - low)
-    lost: dict[int, np.ndarray] = {}
+    candidates = []
     for t, frame in each_frame(stack):
-        below, blank = changes & (frame < least), rows_of_one_value(frame)
+        blank, below = rows_of_one_value(frame), changes & (frame < least)
         if (blank.any() and not blank.all()) or 0 < below.mean() < _MOST:
-            lost[t] = below | blank[:, None]
-    whole = np.setdiff1d(np.arange(frames), list(lost))
-    if not lost or len(whole) < _LEAST_FRAMES:
+            candidates.append(t)
+    whole = np.setdiff1d(np.arange(frames), candidates)
+    if not candidates or len(whole) < _LEAST_FRAMES:
         return stack
     shown = np.stack([stack[int(whole[n])] for n in sample_frames(len(whole), _SAMPLE)])
     image = np.asarray(shown.mean(0, np.float64))
     deviation = np.sqrt(noise.variance(image).sum(1))
-    for t in list(lost):
+    lost: dict[int, np.ndarray] = {}
+    for t in candidates:
         frame = np.asarray(stack[t], np.float64)
-        sure = np.abs((image - frame).sum(1)) > _SURE * deviation
-        # Frames that fade pass the least intensity, too, but not far from those around.
-        far = (frame < least) & (frame < mean_around(stack, whole, t) - _FAR / 2 * (usual - low))
-        lost[t] &= (sure & rows_of_one_value(frame))[:, None] | far
-        if not lost[t].any():
-            del lost[t]
+        blank, below = rows_of_one_value(frame), changes & (frame < least)
+        blank &= ~blank.all() & (np.abs((image - frame).sum(1)) > _SURE * deviation)
+        below &= below.mean() < _MOST
+        if below.any():  # frames that fade pass the least intensity, too, but not far from those around
+            below &= frame < mean_around(stack, whole, t) - _FAR / 2 * (usual - low)
+        if blank.any() or below.any():
+            lost[t] = below | blank[:, None]
     return WithoutLostVoxels(stack, lost, whole) if lost else stack
 
 
