@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from restormer3d.normalization import sample_frames
 from restormer3d.views import FramesChanged, each_frame
 
 _LEAST_FRAMES = 16  # without lost voxels
-_SAMPLE = 100  # frames that tell what is usual
+_SAMPLE = 100  # frames that tell what is usual,
+_PIXELS = 2**16  # and about so many pixels of each
 _SURE = 6.0  # deviations, by which rows of one value differ from what others show there
 _LOW = 0.001  # quantile of all intensities
 _FAR = 4.0  # times as far below their median as that quantile: twelve deviations of normal noise
@@ -65,11 +67,12 @@ def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
         The same one where none are lost, or where fewer than 16 frames are whole.
     """
     frames = stack.shape[0]
-    some = np.stack([stack[int(t)] for t in sample_frames(frames, _SAMPLE)])
-    changes = (some != some[0]).any(0)
+    some, first = sample_frames(frames, _SAMPLE), np.asarray(stack[0])
+    changes = reduce(np.logical_or, (stack[int(t)] != first for t in some))
     if not changes.any():
         return stack
-    low, usual = np.median(np.quantile(some[:, changes], (_LOW, 0.5), axis=1), axis=1)
+    apart = -(-first.size // _PIXELS)
+    low, usual = np.median([np.quantile(stack[int(t)][changes][::apart], (_LOW, 0.5)) for t in some], axis=0)
     least = usual - _FAR * (usual - low)
     candidates = []
     for t, frame in each_frame(stack):
@@ -79,8 +82,8 @@ def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
     whole = np.setdiff1d(np.arange(frames), candidates)
     if not candidates or len(whole) < _LEAST_FRAMES:
         return stack
-    shown = np.stack([stack[int(whole[n])] for n in sample_frames(len(whole), _SAMPLE)])
-    image = np.asarray(shown.mean(0, np.float64))
+    some = whole[sample_frames(len(whole), _SAMPLE)]
+    image = reduce(np.add, (stack[int(t)] / len(some) for t in some))
     deviation = np.sqrt(noise.variance(image).sum(1))
     lost: dict[int, np.ndarray] = {}
     for t in candidates:
