@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
-from scipy.ndimage import uniform_filter1d
 from scipy.stats import trim_mean
 
+from restormer3d.artefacts.row_noise import white_part
 from restormer3d.noise import estimate_noise
 from restormer3d.normalization import temporal_mean
 from restormer3d.views import each_frame
@@ -26,7 +26,6 @@ _LEAST = 0.03  # and of a pixel's deviation: less costs next to nothing
 _WHITE = 2.0  # times the power of the fourth quarter of all frequencies, that the second may have: activity has more
 _ALIKE = (0.6, 1.4)  # of the change of the mean, that pixels without light have
 _AROUND = 15  # frequencies, over which power is averaged
-_TISSUE = 1.5  # times the power that is usual: by more than chance
 
 
 def level_noise(stack: Any) -> np.ndarray | None:
@@ -75,7 +74,4 @@ def level_noise(stack: Any) -> np.ndarray | None:
     alike = 1 - growth * (mean.mean(dtype=np.float64) - estimate_noise(stack).offset)
     if not _ALIKE[0] < alike < _ALIKE[1]:
         return None
-    usual = shared + own
-    power = uniform_filter1d(np.square(level), _AROUND, mode="reflect")
-    weights = shared / np.where(power > _TISSUE * usual, power, usual)
-    return np.asarray(scipy.fft.idct(level * weights, norm="ortho")).astype(np.float32)
+    return white_part(level, shared, shared + own, (_AROUND,))

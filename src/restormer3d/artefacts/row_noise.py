@@ -74,11 +74,25 @@ def row_noise(stack: Any) -> np.ndarray | None:
         return None
     mean = temporal_mean(stack)
     rows = np.stack([trim_mean(frame - mean, _OUTSIDE, axis=1) for _, frame in each_frame(stack)])
-    waves = np.asarray(scipy.fft.dctn(rows, norm="ortho"))
+    return white_part(np.asarray(scipy.fft.dctn(rows, norm="ortho")), shared - own, shared, _AROUND)
+
+
+def white_part(waves: np.ndarray, noise: float, usual: float, around: tuple[int, ...]) -> np.ndarray:
+    """Estimate white noise in values whose discrete cosine transform is known, float32.
+
+    Parameters
+    ----------
+    waves : numpy.ndarray
+        The transform, orthonormal along all axes.
+    noise, usual : float
+        Variance of the noise, and power that is usual with it; where there is more, less of it is noise.
+    around : tuple of int
+        Frequencies along each axis, over which power is averaged.
+    """
     power = np.square(waves)
-    for axis, width in enumerate(_AROUND):
+    for axis, width in enumerate(around):
         power = uniform_filter1d(power, width, axis, mode="reflect")
-    weights = (shared - own) / np.where(power > _TISSUE * shared, power, shared)
+    weights = noise / np.where(power > _TISSUE * usual, power, usual)
     return np.asarray(scipy.fft.idctn(waves * weights, norm="ortho")).astype(np.float32)
 
 
