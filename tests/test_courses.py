@@ -17,9 +17,11 @@ from restormer3d.activity.courses import (
     sparse_footprints,
     strength_of,
     weights_of_others,
+    what_is_left_out,
 )
 from restormer3d.activity.fields import FIELD_FRAMES
 from restormer3d.activity.principal import leading_components
+from restormer3d.activity.smoothing import smoothed
 from restormer3d.arithmetic import float32_products
 from restormer3d.baselines import gaussian_frames
 from restormer3d.checkpoint import small_network
@@ -96,7 +98,7 @@ def test_the_mean_over_time_stays():
 def test_a_network_that_changes_nothing_changes_no_frame():
     """Unless frames vary less than what is in them: here they vary more."""
     _, _, noisy = tensors((50, 40, 40))
-    denoised = 1.1 * noisy
+    denoised = 1.02 * noisy
     still = refined(denoised, noisy, network=lambda noisy, denoised, *_: denoised)
     torch.testing.assert_close(still, denoised, atol=1e-5, rtol=0)
 
@@ -275,3 +277,55 @@ def test_denoising_uses_them():
     assert record["courses"] is None
     _, record = denoised(chunk_voxels=(FIELD_FRAMES - 1) * 64 * 64)  # so large are frames
     assert record["courses"] is record["footprints"] is None
+
+
+def strong_and_smoothed(frames=400):
+    """Courses (1, T, 2) far stronger than noise: recorded, and smoothed until what is lost exceeds noise by far."""
+    events = torch.zeros(1, frames, 2)
+    events[:, 20::40] = 60
+    decay = torch.exp(-torch.arange(60) / 12.0)
+    clean = torch.from_numpy(np.stack([np.convolve(x, decay)[:frames] for x in events[0].mT.numpy()], 1)).float()[None]
+    return clean, clean + drawn((1, frames, 2), 1), smoothed(clean, 3.0)
+
+
+def test_of_strong_courses_what_smoothing_lost_is_no_noise_but_flicker_is():
+    _, noisy, denoised = strong_and_smoothed()
+    flicker = torch.zeros_like(noisy)
+    flicker[..., 0] = 3 * drawn((1, 400), 3)
+    _, excess = course_noise(denoised, noisy, drawn((1, 400, 2), 2))
+    assert float(excess.max()) < 1.6
+    _, excess = course_noise(denoised, noisy + flicker, drawn((1, 400, 2), 2))
+    assert float(excess[0, 0, 0]) > 4  # of 10: `trust` refuses 3
+    weak = 0.02 * denoised  # as weak as directions of the noise itself may be: their slow rest counts
+    slow = 8 * smoothed(drawn((1, 400, 2), 4), 1.0)
+    _, excess = course_noise(weak, weak + slow, drawn((1, 400, 2), 2))
+    assert float(excess.min()) > 2
+
+
+def test_what_strong_courses_have_lost_is_put_back():
+    clean, noisy, denoised = strong_and_smoothed()
+    ones = torch.ones_like(noisy)
+    back = denoised + what_is_left_out(noisy - denoised, denoised, ones)
+    assert float((back - clean).square().mean()) < 0.2 * float((denoised - clean).square().mean())
+    of_noise = what_is_left_out(noisy - clean, clean, ones)
+    assert float(of_noise.square().mean()) < 0.02
+    brighter = ones.clone()
+    brighter[:, 200:300] = 9  # noise of each pixel is three times as strong there, and so is that of the courses
+    noise = (noisy - clean) * brighter.sqrt()
+    assert float(what_is_left_out(noise, clean, brighter).square().mean()) < 0.05
+    assert float(what_is_left_out(noise, clean, ones).square().mean()) > 0.5
+    assert float(what_is_left_out(noisy - 0.02 * denoised, 0.02 * denoised, ones).abs().max()) == 0
+
+
+def test_frames_of_many_photons_keep_fast_events():
+    """Of a hundred times the light, filters along time leave more of the events than there is noise."""
+    clean, _, noisy = tensors()
+    strong = 100 * clean
+    noisy = noisy - clean + strong
+    denoised = torch.from_numpy(np.stack(list(gaussian_frames(noisy.double().numpy(), 2.0, 1.0)))).float()
+
+    def useless(noisy, denoised, *_):
+        return denoised
+
+    out = refined(denoised, noisy, useless)
+    assert error(out, strong) < 0.5 * error(denoised, strong)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tifffile
-from scipy.ndimage import shift
+from scipy.ndimage import gaussian_filter, shift
 
 from restormer3d import denoising
 from restormer3d.artefacts.uneven_noise import EvenNoise, put_back, uneven_noise
 from restormer3d.denoising import array_and_record
 from restormer3d.inspection import describe, inspect
 from restormer3d.metrics import evaluate_stacks
+from restormer3d.noise import seen_noise
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 
@@ -66,6 +67,19 @@ def test_made_even_it_is_the_same_everywhere(uneven):
     np.testing.assert_allclose(list(put_back(iter(even), even.noise)), noisy, rtol=1e-4, atol=1e-5 * noisy.std())
 
 
+@pytest.mark.parametrize("photons", [20, 2000])
+def test_activity_much_stronger_than_noise_is_none(clean, photons):
+    """Differences of frames are mostly of activity where there are thousands of photons; neighbors share it."""
+    bright = clean * photons / clean.mean()
+    noisy = np.random.default_rng(5).poisson(bright).astype(np.float32)
+    assert uneven_noise(noisy) is None
+    variance, mean, changes = seen_noise(noisy)
+    assert changes.all()
+    np.testing.assert_allclose(mean, bright.mean(0), rtol=0.5)
+    seen, expected = (gaussian_filter(x, 4) for x in (variance, bright.mean(0)))
+    assert np.quantile(seen / expected, (0.05, 0.95)) == pytest.approx([1, 1], abs=0.25)
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32, np.float64])
 def test_it_is_sliced_as_the_stack(uneven, kind):
     noisy = uneven[1]
@@ -87,7 +101,7 @@ def test_denoising_gains_by_it(uneven, method, monkeypatch):
     assert record["uneven_noise"] is None
     scores = [evaluate_stacks(truth.astype(np.float32), output) for output in (denoised, without)]
     assert scores[0]["stsnr"] > scores[1]["stsnr"] + 0.3
-    assert scores[0]["activity_snr"] > scores[1]["activity_snr"] - 0.2
+    assert scores[0]["activity_snr"] > scores[1]["activity_snr"] - 0.3
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])

@@ -34,6 +34,8 @@ _WRONG = 0.2  # of the pixels, for which it must not
 _ALIKE = 0.05  # correlation of the means of halves, below which they show no image
 _BELOW = 0.3  # of the samples, that are negative then
 _AROUND = 5  # pixels along each side, of a mean that fine detail is told from
+_NEAREST = 3  # pixels along each side, of one that also what a cell does is told from
+_QUIETEST = 0.05  # quantile of the field, in which differences of frames are of noise alone
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,9 @@ def local_variance(
 def seen_noise(stack: Any, frames: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Noise variance of every pixel by differences over one and two frames, of runs without a jump.
 
-    Slow signal, which grows with the delay, is taken off, unless that would be half of it: so does noise with a memory.
+    Only what the nearest neighbors do not share is looked at, as with many photons activity is stronger than noise. How
+    much more noise there is, the quietest places tell. Slow signal, which grows with the delay, is taken off, unless
+    that would be half of it: so does noise with a memory.
 
     Arguments as for :func:`estimate_noise`.
 
@@ -246,19 +250,25 @@ def seen_noise(stack: Any, frames: np.ndarray | None = None) -> tuple[np.ndarray
     variance, mean, changes : numpy.ndarray
         Noise variance and mean intensity of the frames looked at, and which pixels change at all; (H, W) each.
     """
-    sums, means, jumps = [], [], []
+    whole, by_lag, means, jumps = [], [], [], []
     for t in _runs(np.arange(stack.shape[0]) if frames is None else frames):
         block = stack[t[0] : t[-1] + 1][t - t[0]].astype(np.float32)
-        steps = [np.square(block[lag:] - block[:-lag]) for lag in range(1, min(3, len(t)))]
-        sums.append([step.mean(0) / 2 for step in steps])
+        steps = np.square(np.diff(block, axis=0))
+        whole.append(steps.mean(0) / 2)
         means.append(block.mean(0))
-        jumps.append(max(steps[0].mean((1, 2))))
+        jumps.append(max(steps.mean((1, 2))))
+        fine = _fine(block, _NEAREST)
+        by_lag.append([np.square(fine[k:] - fine[:-k]).mean(0) / 2 for k in range(1, min(3, len(t)))])
     still = np.array(jumps) <= max(1.5 * np.median(jumps), min(jumps))
-    by_lag = np.array(sums)[still].mean(0, dtype=np.float64)
+    mean, single, by_lag = (np.array(values)[still].mean(0, dtype=np.float64) for values in (means, whole, by_lag))
+    changes = single > 0
     variance = 2 * by_lag[0] - by_lag[1] if len(by_lag) > 1 else by_lag[0]
     if variance.sum() < _WITHOUT_MEMORY * by_lag[0].sum():
         variance = by_lag[-1]
-    return variance, np.array(means)[still].mean(0, dtype=np.float64), by_lag[0] > 0
+    if changes.any():
+        around = [gaussian_filter(np.where(changes, image, 0.0), _LOCAL) for image in (single, by_lag[0])]
+        variance *= np.quantile(around[0][changes] / np.maximum(around[1][changes], _TINY), _QUIETEST)
+    return variance, mean, changes
 
 
 def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
@@ -322,14 +332,14 @@ def _pairs(sample: np.ndarray) -> int:
     return sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
 
 
-def _fine(sample: np.ndarray) -> np.ndarray:
-    """What a mean over some pixels around leaves of frames (..., h, w).
+def _fine(sample: np.ndarray, side: int = _AROUND) -> np.ndarray:
+    """What a mean over the pixels around, of a square of some side, leaves of frames (..., h, w).
 
     Breathing, ripple of the mains and neuropil are the same there, and would be taken for noise with a memory.
     """
-    if min(sample.shape[2:]) < _AROUND:
+    if min(sample.shape[-2:]) < side:
         return sample
-    return sample - uniform_filter(sample, _AROUND, axes=(2, 3))
+    return sample - uniform_filter(sample, side, axes=(-2, -1))
 
 
 def _squared_differences(sample: np.ndarray) -> np.ndarray:

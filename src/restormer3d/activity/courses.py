@@ -15,6 +15,7 @@ from torch import Tensor
 
 from restormer3d.activity.fields import MOST, Fields, change_fields, misfit, trust
 from restormer3d.activity.principal import leading_components
+from restormer3d.activity.smoothing import smoothed
 from restormer3d.arithmetic import float32_products
 from restormer3d.unets import CourseNetwork
 
@@ -27,7 +28,12 @@ _SURE_FRAMES = 95.0  # frames that tell how much a course varies to the variance
 _MOST_LOST = 1.0  # deviations of noise, that an event may have lost: of light a hundred times as strong nothing is
 _MOST_VARIED = 2.25  # times the variance of what was denoised
 _SHARED = (1.2, 1.5)  # variance along a direction, relative to that of independent noise: own below, shared beyond
+_USUAL_EXCESS = 1.5  # of noise, up to which it need not be explained
+_MAYBE_NOISE = 4.0  # variance of a denoised course, in units of the noise's, up to which it may be noise
+_AROUND_FRAME = 2.0  # deviation in frames of a Gaussian filter, over which it is looked at what was left out
+_LEFT_EXCESS = 3.0  # energy of noise that it must exceed there, for part of it to be put back
 _LARGEST_NOISE = 4.0  # deviations, of what denoising has left: what is beyond is light, or a cosmic ray
+_LARGEST_CHANGE = 6.0  # deviations of the expected noise, that count of a difference of two recorded frames
 _LARGEST_STEP = 4.0  # deviations of noise, of which a difference of two frames has 1.4; what is beyond is not noise
 _NORMAL_MEDIAN = 0.4549364  # of the square of a normal number of variance 1
 
@@ -65,7 +71,10 @@ def denoise_courses(
         weights = weights_of_others(lines[1]) * trust(excess) * own
         better = as_varied(apply_network(network, *lines, weights=weights), lines[0], own)
         far = misfit(*(x.mT for x in (lines[0], lines[1], better))).unsqueeze(1)
-        by_course = (better - lines[1]) * scale * trust(excess) * trust(far)
+        better = lines[1] + (better - lines[1]) * trust(excess) * trust(far)
+        apart = (fields.noisy - fields.denoised).flatten(2).square() @ footprints.square()
+        better += what_is_left_out(lines[0] - better, lines[1], apart)
+        by_course = (better - lines[1]) * scale
         by_course -= by_course.mean(1, keepdim=True)
         return (by_course @ footprints.mT).view_as(fields.denoised)
 
@@ -98,12 +107,50 @@ def course_noise(denoised: Tensor, noisy: Tensor, noise: Tensor) -> tuple[Tensor
     """Deviation of the noise of courses (fields, T, courses), and its variance relative to the expected one.
 
     Both (fields, 1, courses). By the median difference of frames of what denoising has left, that events have no part
-    in; the deviation is never below the expected one.
+    in, unless noise is weaker than what is left of them. Of courses that are far stronger than noise, and that alone,
+    more is excess only as far as changes of the recorded one turn back in the next frame: those of signal go on. The
+    deviation is never below the expected one.
     """
     expected = noise.square().mean(1, keepdim=True).clamp(min=1e-12)
     steps = (noisy - denoised).diff(dim=1).square().median(1, keepdim=True).values
     excess = steps / (2 * _NORMAL_MEDIAN) / expected
+    limit = _LARGEST_CHANGE * expected.sqrt()
+    changes = noisy.diff(dim=1).clamp(-limit, limit)
+    white = -(changes[:, 1:] * changes[:, :-1]).sum(1, keepdim=True) / len(changes[0]) / expected
+    white = white.clamp(min=_USUAL_EXCESS)
+    excess -= far_from_noise(denoised / expected.sqrt()) * (excess - white).clamp(min=0)
     return (expected * excess.clamp(min=1)).sqrt(), excess
+
+
+def far_from_noise(denoised: Tensor) -> Tensor:
+    """How far courses (fields, T, courses) in deviations of their noise are from it: 0 to 1, (fields, 1, courses).
+
+    Weak ones may be directions of the noise itself, of which denoising has left the slow part.
+    """
+    return (1 - _MAYBE_NOISE / denoised.var(1, keepdim=True).clamp(min=1e-12)).clamp(min=0)
+
+
+def what_is_left_out(left: Tensor, denoised: Tensor, apart: Tensor) -> Tensor:
+    """What of the rest of strong courses exceeds, there and then, noise as the pixels have it one by one.
+
+    Filters and network have learnt from events not much stronger than noise: of stronger ones, bursts of all tissue or
+    light that lasts, they leave more than noise. All pixels of a footprint do the same then, and what they add up to is
+    larger than the sum of their squares; of noise, which is also stronger in brighter frames, both are the same.
+
+    Parameters
+    ----------
+    left, denoised : Tensor
+        What denoising has left of courses (fields, T, courses), and the denoised ones, in deviations of the noise.
+    apart : Tensor
+        What it has left of pixels, squared and weighted by the squares of the footprints, (fields, T, courses).
+
+    Returns
+    -------
+    Tensor
+        To be added to the denoised ones, (fields, T, courses).
+    """
+    energy, of_noise = (smoothed(x, _AROUND_FRAME) for x in (left.square(), apart.clamp(min=1)))
+    return far_from_noise(denoised) * (1 - _LEFT_EXCESS * of_noise / energy.clamp(min=1e-12)).clamp(min=0) * left
 
 
 def independent_noise(left: Tensor) -> Tensor:
