@@ -311,6 +311,11 @@ def _drift_in_depth(s: _Trial) -> _Recording:
     return s.both((1 - share) * s.clean + share * s.beside())
 
 
+def _made_up_for(s: _Trial) -> _Recording:
+    bleached = np.exp(-1.6 * np.linspace(0, 1, s.shape[0]))[:, None, None]
+    return s.clean, s.recorded(s.clean * bleached) / bleached
+
+
 def _few_photons(s: _Trial) -> _Recording:
     dim = 0.05 * s.clean
     return dim, s.rng.poisson(dim) + 2 * s.rng.standard_normal(s.shape)
@@ -351,6 +356,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "registered with interpolation": _interpolated,
     "brightness flickers by 5 %": _flicker,
     "bleaching, to a fifth": lambda s: s.both(s.clean * np.exp(-1.6 * np.linspace(0, 1, len(s.clean)))[:, None, None]),
+    "bleaching, to a fifth, made up for": _made_up_for,
     "noise that rows share": _noise_of_rows,
     "noise that frames share": _noise_of_frames,
     "electrical ripple": _ripple,

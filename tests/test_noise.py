@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from restormer3d.noise import NoiseEstimate, blind_spot_extent, estimate_noise, local_variance
+from restormer3d.local_noise import local_variance
+from restormer3d.noise import NoiseEstimate, blind_spot_extent, estimate_noise
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -11,8 +11,8 @@ from restormer3d import denoising
 from restormer3d.artefacts.uneven_noise import EvenNoise, put_back, uneven_noise
 from restormer3d.denoising import array_and_record
 from restormer3d.inspection import describe, inspect
+from restormer3d.local_noise import seen_noise
 from restormer3d.metrics import evaluate_stacks
-from restormer3d.noise import seen_noise
 from restormer3d.settings import settings
 from restormer3d.simulation import NoisyScene, noise_parameters, simulate_scene
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from restormer3d.arithmetic import forced_engine, torch_device
+from restormer3d.artefacts import changing_noise as changing
 from restormer3d.artefacts.movement import Followed, follow_movement
 from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images, with_one_image
 from restormer3d.artefacts.set_aside import made_white, set_aside, without_electrical_noise
@@ -54,7 +55,7 @@ def array_and_record(
     tuple of numpy.ndarray and dict
         The denoised stack, of the same shape and dtype, and what was done, for a sidecar. Where its `level` is not 0,
         it was taken from every voxel before, and normalization and noise are those of the rest; where there is
-        `uneven_noise`, of intensities divided by the deviation of their noise.
+        `uneven_noise` or `changing_noise`, of intensities divided by the deviation of their noise.
     """
     given = without_missing(stack, check_stack(stack, missing=True))
     seconds = None if time_limit is None else 60 * time_limit
@@ -163,17 +164,22 @@ def _denoise_one(
     if uneven is not None:
         stack = EvenNoise(stack, uneven)
         images = None if images is None else uneven.made_even(images, stack.dtype)
+    fading = _changing_noise(stack, unlit, say) if chosen.inference.mend and not drawn and images is None else None
+    if fading is not None:
+        stack = changing.SteadyNoise(stack, fading)
     if method != "restormer3d":
         denoised = by_filter(stack, images, chosen, method, progress, say)
     else:
         left = None if seconds is None else seconds - (time.monotonic() - started) - followed.seconds
         denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained, drawn)
-    frames = denoised.frames if uneven is None else put_back(denoised.frames, uneven)
+    frames = denoised.frames if fading is None else changing.put_back(denoised.frames, fading)
+    frames = frames if uneven is None else put_back(frames, uneven)
     record = denoised.record | {
         "temporal_correlation": correlation,
         **electrical,
         "movement": None if followed.movement is None else followed.movement.record(),
         "uneven_noise": None if uneven is None else uneven.ratio,
+        "changing_noise": None if fading is None else fading.ratio,
     }
     return replace(denoised, frames=as_averaged(followed.put_back(frames)), record=record)
 
@@ -187,6 +193,17 @@ def _uneven_noise(stack: Any, unlit: np.ndarray | None, images: np.ndarray | Non
             "after a division by a flat field or in dF/F: it is made even before denoising, and put back afterwards"
         )
     return uneven
+
+
+def _changing_noise(stack: Any, unlit: np.ndarray | None, say: Say) -> changing.ChangingNoise | None:
+    """Noise along time that is to be made steady."""
+    fading = changing.changing_noise(stack, unlit)
+    if fading is not None:
+        say(
+            f"noise is {fading.ratio:.2g} times as strong at some times as at others, as of tissue that bleaches, or "
+            "whose bleaching was made up for: it is made steady before denoising, and put back afterwards"
+        )
+    return fading
 
 
 def _plane_by_plane(

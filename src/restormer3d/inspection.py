@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from restormer3d.activity.tiles import tile_places, tile_shape
+from restormer3d.artefacts.changing_noise import changing_noise
 from restormer3d.artefacts.movement import field_movement
 from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.artefacts.set_aside import made_white, set_aside, without_electrical_noise
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
-from restormer3d.artefacts.uneven_noise import uneven_noise
+from restormer3d.artefacts.uneven_noise import EvenNoise, uneven_noise
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
@@ -60,6 +61,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
             seen = steadied(seen, lit)
         moving = field_movement(seen, jitter=False) if alone else None
         uneven = None if isinstance(seen, Steadied) else uneven_noise(seen, unlit_frames(lit))
+        even = seen if uneven is None else EvenNoise(seen, uneven)
+        fading = changing_noise(even, unlit_frames(lit)) if alone and not isinstance(seen, Steadied) else None
         noise = estimate_noise(seen, frames=unlit_frames(lit))
         range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
@@ -88,6 +91,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             **electrical,
             "movement": None if moving is None else moving.record(),
             "uneven_noise": None if uneven is None else uneven.ratio,
+            "changing_noise": None if fading is None else fading.ratio,
             "noise": asdict(noise) | {"offset": noise.offset + level},
             "blind_spot": blind_spot_extent(noise),
         }
@@ -140,6 +144,8 @@ def describe(facts: dict[str, Any]) -> str:
         "movement": _movement_in_words(facts["movement"]),
         "uneven noise": f"{facts['uneven_noise'] or 1:.2g} times as strong in some places as in others: made even"
         * bool(facts["uneven_noise"]),
+        "changing noise": f"{facts['changing_noise'] or 1:.2g} times as strong at some times as at others: made steady"
+        * bool(facts["changing_noise"]),
         "gain": f"{noise['gain']:.4g} per photon (photon transfer, from differences of frames)",
         "read noise": f"{noise['read_noise_variance'] ** 0.5:.4g} (standard deviation); "
         f"offset {_shown(noise['offset'])}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import uniform_filter
 
 from restormer3d.photon_transfer import bins_by_mean, robust_line, usual_variance
 
@@ -23,19 +23,13 @@ _TAIL = 0.025  # correlation of farther neighbors that counts, where that of nea
 _RUN = 12  # consecutive frames read together
 _MAX_LAG = 6  # frames between which differences are taken
 _LEAST_ANCHORS = 4  # frames of a run that differences of all lags start from: fewer do not tell of noise with a memory
-_WITHOUT_MEMORY = 0.5  # of the variance by single frames, that white noise has at least
 _TINY = 1e-30
 _MOST_FRAMES, _MOST_SIDE = 240, 256  # that are looked at
 _TIME_LAGS = 2
 _SPACE_LAGS = 3
-_LOCAL = 4.0  # pixels, over which variances are compared
-_MISFIT = 1.5  # ratio of variances, from which on the mean does not tell the one of a pixel
-_WRONG = 0.2  # of the pixels, for which it must not
 _ALIKE = 0.05  # correlation of the means of halves, below which they show no image
 _BELOW = 0.3  # of the samples, that are negative then
 _AROUND = 5  # pixels along each side, of a mean that fine detail is told from
-_NEAREST = 3  # pixels along each side, of one that also what a cell does is told from
-_QUIETEST = 0.05  # quantile of the field, in which differences of frames are of noise alone
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     clipped = ((sample == sample.min()) | (sample == sample.max())).mean(axis=(0, 1))
     pairs = _pairs(sample)
     usual = usual_variance(mean, growth[0], pairs)
-    fine = _squared_differences(_fine(sample))
+    fine = _squared_differences(fine_detail(sample))
     all_and_fine = [(growth / usual)[:, changes], (fine / usual_variance(mean, fine[0], pairs))[:, changes]]
     # Noise with a memory shows in both; what is smooth in the plane shows in the first, fast ripple more in the second.
     over_time = tuple(min(both, key=abs) for both in zip(*map(_time_correlation, all_and_fine), strict=True))
@@ -203,83 +197,15 @@ def neighbor_correlation(
     return t, y, x
 
 
-def local_variance(
-    stack: Any, noise: NoiseEstimate, mean: np.ndarray, frames: np.ndarray | None = None
-) -> tuple[np.ndarray, bool]:
-    """Noise variance of every pixel: by its mean, or by differences of frames where the mean does not tell.
-
-    Of dF/F, or after a division by a flat field, the same intensity is noisier where there was less light.
-
-    Parameters
-    ----------
-    stack : stack of shape (T, H, W)
-        Noisy intensities; T at least 2.
-    noise : NoiseEstimate
-        Of this stack.
-    mean : numpy.ndarray
-        Temporal mean, (H, W).
-    frames : numpy.ndarray of int, optional
-        Numbers of the frames to look at, as for :func:`estimate_noise`.
-
-    Returns
-    -------
-    tuple of numpy.ndarray and bool
-        Variance, (H, W); and whether it is that of differences of frames.
-    """
-    expected = noise.variance(mean)
-    seen, _, changes = seen_noise(stack, frames)
-    whole = [gaussian_filter(np.where(changes, image, 0.0), _LOCAL) for image in (seen, expected)]
-    ratio = np.where(changes, np.maximum(whole[0], 0) / np.maximum(whole[1], _TINY), 1.0)
-    wrong = (ratio > _MISFIT) | (ratio < 1 / _MISFIT)
-    if not changes.any() or wrong[changes].mean() < _WRONG:
-        return expected, False
-    return expected * np.clip(ratio, _TINY, None), True
-
-
-def seen_noise(stack: Any, frames: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Noise variance of every pixel by differences over one and two frames, of runs without a jump.
-
-    Only what the nearest neighbors do not share is looked at, as with many photons activity is stronger than noise. How
-    much more noise there is, the quietest places tell. Slow signal, which grows with the delay, is taken off, unless
-    that would be half of it: so does noise with a memory.
-
-    Arguments as for :func:`estimate_noise`.
-
-    Returns
-    -------
-    variance, mean, changes : numpy.ndarray
-        Noise variance and mean intensity of the frames looked at, and which pixels change at all; (H, W) each.
-    """
-    whole, by_lag, means, jumps = [], [], [], []
-    for t in _runs(np.arange(stack.shape[0]) if frames is None else frames):
-        block = stack[t[0] : t[-1] + 1][t - t[0]].astype(np.float32)
-        steps = np.square(np.diff(block, axis=0))
-        whole.append(steps.mean(0) / 2)
-        means.append(block.mean(0))
-        jumps.append(max(steps.mean((1, 2))))
-        fine = _fine(block, _NEAREST)
-        by_lag.append([np.square(fine[k:] - fine[:-k]).mean(0) / 2 for k in range(1, min(3, len(t)))])
-    still = np.array(jumps) <= max(1.5 * np.median(jumps), min(jumps))
-    mean, single, by_lag = (np.array(values)[still].mean(0, dtype=np.float64) for values in (means, whole, by_lag))
-    changes = single > 0
-    variance = 2 * by_lag[0] - by_lag[1] if len(by_lag) > 1 else by_lag[0]
-    if variance.sum() < _WITHOUT_MEMORY * by_lag[0].sum():
-        variance = by_lag[-1]
-    if changes.any():
-        around = [gaussian_filter(np.where(changes, image, 0.0), _LOCAL) for image in (single, by_lag[0])]
-        variance *= np.quantile(around[0][changes] / np.maximum(around[1][changes], _TINY), _QUIETEST)
-    return variance, mean, changes
-
-
 def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
     height, width = stack.shape[1:]
     top, left = max(0, height - _MOST_SIDE) // 2, max(0, width - _MOST_SIDE) // 2
     field = slice(top, top + min(height, _MOST_SIDE)), slice(left, left + min(width, _MOST_SIDE))
-    return np.stack([stack[t[0] : t[-1] + 1, *field][t - t[0]].astype(np.float32) for t in _runs(frames)])
+    return np.stack([stack[t[0] : t[-1] + 1, *field][t - t[0]].astype(np.float32) for t in evenly_spaced_runs(frames)])
 
 
-def _runs(frames: np.ndarray) -> list[np.ndarray]:
-    """Choose runs of consecutive ones of some frames, evenly spaced."""
+def evenly_spaced_runs(frames: np.ndarray) -> list[np.ndarray]:
+    """Choose runs of consecutive ones of some frames, at most twenty of twelve each."""
     run = min(_RUN, len(frames))
     starts = np.linspace(0, len(frames) - run, max(1, min(_MOST_FRAMES, len(frames)) // run)).astype(int)
     return [frames[start : start + run] for start in starts]
@@ -332,7 +258,7 @@ def _pairs(sample: np.ndarray) -> int:
     return sample.shape[0] * max(1, sample.shape[1] - _MAX_LAG)
 
 
-def _fine(sample: np.ndarray, side: int = _AROUND) -> np.ndarray:
+def fine_detail(sample: np.ndarray, side: int = _AROUND) -> np.ndarray:
     """What a mean over the pixels around, of a square of some side, leaves of frames (..., h, w).
 
     Breathing, ripple of the mains and neuropil are the same there, and would be taken for noise with a memory.

@@ -22,8 +22,9 @@ from restormer3d.artefacts.planes import differences_of, put_back
 from restormer3d.checkpoint import small_network
 from restormer3d.config import Precision
 from restormer3d.inference import denoise_frames
+from restormer3d.local_noise import local_variance
 from restormer3d.model import Restormer3D
-from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate, local_variance
+from restormer3d.noise import LEAK_THRESHOLD, NoiseEstimate
 from restormer3d.patches import TrainingStack
 from restormer3d.progress import Progress, Say, part_of
 from restormer3d.settings import Settings

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from restormer3d.noise import UNKNOWN_LIGHT, seen_noise
+from restormer3d.local_noise import seen_noise
+from restormer3d.noise import UNKNOWN_LIGHT
 from restormer3d.photon_transfer import usual_variance
 from restormer3d.views import ChangedStack
 
