@@ -321,6 +321,11 @@ def _few_photons(s: _Trial) -> _Recording:
     return dim, s.rng.poisson(dim) + 2 * s.rng.standard_normal(s.shape)
 
 
+def _many_photons(s: _Trial) -> _Recording:
+    bright = 10 * s.clean
+    return bright, s.rng.poisson(bright)
+
+
 def _eight_bits(s: _Trial) -> _Recording:
     clean, recorded = s.both(s.clean)
     scale = 255 / np.quantile(recorded, 0.999)
@@ -388,6 +393,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "every other line shifted by half a pixel": lambda s: _shifted_lines(s, 0.5),
     "slow drift to another plane": _drift_in_depth,
     "few photons": _few_photons,
+    "many photons": _many_photons,
     "light, 50 ADU in 8 frames": lambda s: _with_light(s, 50),
     "light, 300 ADU in 8 frames": lambda s: _with_light(s, 300),
     "light, 3,000 ADU in 8 frames": lambda s: _with_light(s, 3000),
