@@ -199,9 +199,10 @@ class InferenceConfig(_Config):
         back (see `artefacts.borders.without_constant_edges`), voxels of single frames whose data were lost as well (see
         `artefacts.lost_voxels.without_lost_voxels`), lines of a bidirectional scan that are displaced are aligned, and
         displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from place to place more
-        than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that goes on from frame to
-        frame white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical ripple and noise
-        that frames or rows share are taken away (see `artefacts.ripple.electrical_ripple`,
+        than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that grows or fades along
+        the recording steady (see `artefacts.changing_noise.changing_noise`), noise that goes on from frame to frame
+        white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical ripple and noise that
+        frames or rows share are taken away (see `artefacts.ripple.electrical_ripple`,
         `artefacts.level_noise.level_noise` and `artefacts.row_noise.row_noise`), and voxels that a cosmic ray has hit
         are replaced (see `artefacts.spikes.without_spikes`).
     stimulus_light : bool

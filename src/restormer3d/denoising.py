@@ -154,26 +154,27 @@ def _denoise_one(
         if isinstance(stack, Steadied):
             drawn = tuple(stack.kept)
             say(f"noise of that light is strong in {len(drawn)} frames: they are drawn towards those around")
+    mend, unlit = chosen.inference.mend and not drawn, unlit_frames(light)  # frames that were drawn have other noise
+    fading = _changing_noise(stack, unlit, say) if mend and images is None else None
+    if fading is not None:  # before frames are moved by parts of pixels, which takes noise away
+        stack = changing.SteadyNoise(stack, fading)
     asked = chosen.inference.movement
     followed = Followed(stack, None)
     if asked != "none" and images is None:
         followed = follow_movement(stack, jitter=asked == "all", seconds=seconds, progress=progress, say=say)
-    stack, unlit = followed.stack, unlit_frames(light)
-    # Of frames drawn towards others noise is another one than of these.
-    uneven = _uneven_noise(stack, unlit, images, say) if chosen.inference.mend and not drawn else None
+    stack = followed.stack
+    uneven = _uneven_noise(stack, unlit, images, say) if mend else None
     if uneven is not None:
         stack = EvenNoise(stack, uneven)
         images = None if images is None else uneven.made_even(images, stack.dtype)
-    fading = _changing_noise(stack, unlit, say) if chosen.inference.mend and not drawn and images is None else None
-    if fading is not None:
-        stack = changing.SteadyNoise(stack, fading)
     if method != "restormer3d":
         denoised = by_filter(stack, images, chosen, method, progress, say)
     else:
         left = None if seconds is None else seconds - (time.monotonic() - started) - followed.seconds
         denoised = by_network(stack, unlit, images, chosen, device, left, progress, say, pretrained, drawn)
-    frames = denoised.frames if fading is None else changing.put_back(denoised.frames, fading)
-    frames = frames if uneven is None else put_back(frames, uneven)
+    frames = denoised.frames if uneven is None else put_back(denoised.frames, uneven)
+    frames = followed.put_back(frames)
+    frames = frames if fading is None else changing.put_back(frames, fading)
     record = denoised.record | {
         "temporal_correlation": correlation,
         **electrical,
@@ -181,7 +182,7 @@ def _denoise_one(
         "uneven_noise": None if uneven is None else uneven.ratio,
         "changing_noise": None if fading is None else fading.ratio,
     }
-    return replace(denoised, frames=as_averaged(followed.put_back(frames)), record=record)
+    return replace(denoised, frames=as_averaged(frames), record=record)
 
 
 def _uneven_noise(stack: Any, unlit: np.ndarray | None, images: np.ndarray | None, say: Say) -> UnevenNoise | None:

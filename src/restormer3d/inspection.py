@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from restormer3d.activity.tiles import tile_places, tile_shape
-from restormer3d.artefacts.changing_noise import changing_noise
+from restormer3d.artefacts.changing_noise import SteadyNoise, changing_noise
 from restormer3d.artefacts.movement import field_movement
 from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.artefacts.set_aside import made_white, set_aside, without_electrical_noise
 from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
-from restormer3d.artefacts.uneven_noise import EvenNoise, uneven_noise
+from restormer3d.artefacts.uneven_noise import uneven_noise
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
 from restormer3d.normalization import estimate_normalization, sampled_percentiles
@@ -60,9 +60,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         if lit is not None and alone:
             seen = steadied(seen, lit)
         moving = field_movement(seen, jitter=False) if alone else None
-        uneven = None if isinstance(seen, Steadied) else uneven_noise(seen, unlit_frames(lit))
-        even = seen if uneven is None else EvenNoise(seen, uneven)
-        fading = changing_noise(even, unlit_frames(lit)) if alone and not isinstance(seen, Steadied) else None
+        fading = uneven = None
+        if not isinstance(seen, Steadied):
+            fading = changing_noise(seen, unlit_frames(lit)) if alone else None
+            uneven = uneven_noise(seen if fading is None else SteadyNoise(seen, fading), unlit_frames(lit))
         noise = estimate_noise(seen, frames=unlit_frames(lit))
         range_of = estimate_normalization(seen)
         percentiles = (0.5, 50.0, 99.5)
