@@ -102,3 +102,13 @@ def test_only_where_it_is_asked_for(clean):
     shared = (noisy + 0.3 * deviation(noisy) * LEVEL).astype(np.float32)
     _, record = array_and_record(shared, settings("published", iterations=0), method="gaussian")
     assert record["level_noise"] == 0
+
+
+def test_what_is_left_of_light_is_not_taken_for_it(clean):
+    """The same frames, with and without light that was taken from them."""
+    noisy, parts = recorded(clean) + (20 * LEVEL).astype(np.float32), settings().inference
+    light = np.zeros(SHAPE[:2], np.float32)
+    for taken, finds in ((None, True), (light, False)):
+        seen, found = set_aside.without_electrical_noise(noisy, None, taken, parts)
+        assert (found["level_noise"] > 10) == finds
+        assert (seen is noisy) != finds

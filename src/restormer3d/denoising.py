@@ -147,7 +147,7 @@ def _denoise_one(
     """Denoise a stack from which `light` (T, H) was taken; `images` as for :func:`fitting.by_network`."""
     started = time.monotonic()
     stack, as_averaged, correlation = made_white(stack, images, chosen.inference, say)
-    stack, electrical = without_electrical_noise(stack, images, chosen.inference, say)
+    stack, electrical = without_electrical_noise(stack, images, light, chosen.inference, say)
     drawn: tuple[int, ...] = ()
     if light is not None and images is None:
         stack = steadied(stack, light)

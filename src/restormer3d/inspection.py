@@ -53,10 +53,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         seen, correlation = of_one_image(aside.stack, planes), 0.0
         if alone:
             seen, _, correlation = made_white(seen, None, parts)
-        seen, electrical = without_electrical_noise(seen, None, parts)
         lit = light
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
+        seen, electrical = without_electrical_noise(seen, None, lit, parts)
         if lit is not None and alone:
             seen = steadied(seen, lit)
         moving = field_movement(seen, jitter=False) if alone else None

@@ -138,7 +138,7 @@ def made_white(
 
 
 def without_electrical_noise(
-    stack: Any, images: np.ndarray | None, parts: InferenceConfig, say: Say = silent
+    stack: Any, images: np.ndarray | None, light: np.ndarray | None, parts: InferenceConfig, say: Say = silent
 ) -> tuple[Any, dict[str, float]]:
     """Take away what electrical ripple adds to frames, and what noise to all pixels or to rows, for good, and say so.
 
@@ -148,6 +148,9 @@ def without_electrical_noise(
         What :func:`set_aside` left, or one plane of it.
     images : numpy.ndarray or None
         Of planes that are shown in turns, (planes, H, W).
+    light : numpy.ndarray or None
+        Of a stimulus, (T, H), that was taken from the stack. What the measurement of it has missed looks like noise that
+        the pixels of a frame share: with light, none is taken away.
     parts : InferenceConfig
         Of it `mend` counts.
     say : function, optional
@@ -167,7 +170,7 @@ def without_electrical_noise(
             f"waves of electrical ripple are in the frames, {ripple.deviation:.3g} together (standard deviation): "
             "they are taken away"
         )
-    if parts.mend and (level := level_noise(with_one_image(stack, images))) is not None:
+    if parts.mend and light is None and (level := level_noise(with_one_image(stack, images))) is not None:
         record["level_noise"] = float(level.std())
         stack = WithoutRowNoise(stack, np.repeat(level[:, None], stack.shape[1], axis=1))
         say(f"the pixels of a frame share noise, {level.std():.3g} (standard deviation): it is taken away")
