@@ -149,8 +149,8 @@ def without_electrical_noise(
     images : numpy.ndarray or None
         Of planes that are shown in turns, (planes, H, W).
     light : numpy.ndarray or None
-        Of a stimulus, (T, H), that was taken from the stack. What the measurement of it has missed looks like noise that
-        the pixels of a frame share: with light, none is taken away.
+        Of a stimulus, (T, H), that was taken from the stack. What the measurement of it has missed looks like noise
+        that the pixels of a frame share: with light, none is taken away.
     parts : InferenceConfig
         Of it `mend` counts.
     say : function, optional
