@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from restormer3d.noise import NoiseEstimate, evenly_spaced_runs, fine_detail
+from restormer3d.noise import NoiseEstimate, evenly_spaced_runs, fine_detail, read_runs
 
 _LOCAL = 4.0  # pixels, over which variances are compared
 _MISFIT = 1.5  # ratio of variances, from which on the mean does not tell the one of a pixel
@@ -18,7 +18,6 @@ _WRONG = 0.2  # of the pixels, for which it must not
 _NEAREST = 3  # pixels along each side, of a mean that what neighbors do together is told from
 _QUIETEST = 0.05  # quantile of the field, in which differences of frames are of noise alone
 _WITHOUT_MEMORY = 0.5  # of the variance by single frames, that white noise has at least
-_MOST_SIDE = 256  # pixels at the center, that tell of noise along time
 _TINY = 1e-30
 
 
@@ -38,7 +37,7 @@ def local_variance(
     mean : numpy.ndarray
         Temporal mean, (H, W).
     frames : numpy.ndarray of int, optional
-        Numbers of the frames to look at, as for :func:`estimate_noise`.
+        Numbers of the frames to look at, as for :func:`restormer3d.noise.estimate_noise`.
 
     Returns
     -------
@@ -62,7 +61,7 @@ def seen_noise(stack: Any, frames: np.ndarray | None = None) -> tuple[np.ndarray
     much more noise there is, the quietest places tell. Slow signal, which grows with the delay, is taken off, unless
     that would be half of it: so does noise with a memory.
 
-    Arguments as for :func:`estimate_noise`.
+    Arguments as for :func:`restormer3d.noise.estimate_noise`.
 
     Returns
     -------
@@ -100,14 +99,10 @@ def noise_along_time(stack: Any, frames: np.ndarray | None = None) -> tuple[np.n
     times, variance : numpy.ndarray
         The middle of each run, in frames, and the variance in it; (runs,) each. NaN where pixels do not change.
     """
-    height, width = stack.shape[1:]
-    field = tuple(slice((n - min(n, _MOST_SIDE)) // 2, (n + min(n, _MOST_SIDE)) // 2) for n in (height, width))
-    runs = evenly_spaced_runs(np.arange(stack.shape[0]) if frames is None else frames)
-    by_run = []
-    for t in runs:
-        fine = fine_detail(stack[t[0] : t[-1] + 1, *field][t - t[0]].astype(np.float32), _NEAREST)
-        by_run.append(np.square(np.diff(fine, axis=0)).mean(0))
+    looked_at = np.arange(stack.shape[0]) if frames is None else frames
+    steps = np.diff(fine_detail(read_runs(stack, looked_at), _NEAREST), axis=1)
+    by_run = np.square(steps).mean(1)
     typical = np.mean(by_run, axis=0)
     relative = np.array([image[typical > 0] / typical[typical > 0] for image in by_run])
-    variance = np.median(relative, axis=1) if relative.size else np.full(len(runs), np.nan)
-    return np.array([t.mean() for t in runs]), variance
+    variance = np.median(relative, axis=1) if relative.size else np.full(len(by_run), np.nan)
+    return np.array([t.mean() for t in evenly_spaced_runs(looked_at)]), variance

@@ -111,7 +111,7 @@ def estimate_noise(stack: Any, frames: np.ndarray | None = None) -> NoiseEstimat
     if stack.shape[0] < 2:
         raise ValueError(f"the noise is estimated from differences of frames: got {stack.shape[0]} frame, need 2")
     looked_at = np.arange(stack.shape[0]) if frames is None else frames
-    sample = _still_runs(_read_runs(stack, looked_at))  # (runs, frames of a run, h, w)
+    sample = _still_runs(read_runs(stack, looked_at))  # (runs, frames of a run, h, w)
     mean = sample.mean(axis=(0, 1), dtype=np.float64)
     growth = _squared_differences(sample)  # (lags, h, w)
     changes = growth[0] > 0
@@ -197,7 +197,8 @@ def neighbor_correlation(
     return t, y, x
 
 
-def _read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
+def read_runs(stack: Any, frames: np.ndarray) -> np.ndarray:
+    """Read evenly spaced runs of some frames, and of these the pixels at the center, (runs, frames, h, w) float32."""
     height, width = stack.shape[1:]
     top, left = max(0, height - _MOST_SIDE) // 2, max(0, width - _MOST_SIDE) // 2
     field = slice(top, top + min(height, _MOST_SIDE)), slice(left, left + min(width, _MOST_SIDE))

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, median_filter
 
 from restormer3d.local_noise import noise_along_time
+from restormer3d.normalization import temporal_mean
 from restormer3d.views import FramesChanged
 
 _LEAST_RUNS = 6  # of twelve frames, that tell of it
@@ -90,10 +91,7 @@ def changing_noise(stack: Any, frames: np.ndarray | None = None) -> ChangingNois
     if slow.max() - slow.min() < np.log(_CHANGED):
         return None
     deviation = np.exp(np.interp(np.arange(stack.shape[0]), times, slow) / 2)
-    mean = np.zeros(stack.shape[1:])
-    for t in range(stack.shape[0]):
-        mean += stack[t]
-    level = np.quantile(gaussian_filter(mean / stack.shape[0], _SMOOTH), _DARKEST)
+    level = np.quantile(gaussian_filter(temporal_mean(stack), _SMOOTH), _DARKEST)
     return ChangingNoise((deviation / np.median(deviation)).astype(np.float32), float(level))
 
 
