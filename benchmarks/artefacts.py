@@ -340,6 +340,20 @@ def _noise_of_frames(s: _Trial) -> _Recording:
     return s.clean, s.recorded(s.clean) + 10 * s.rng.standard_normal((s.shape[0], 1, 1))
 
 
+def _noisy_frames(s: _Trial) -> _Recording:
+    clean, recorded = s.clean + 500, s.recorded(s.clean) + 500
+    some = [s.shape[0] // 8, s.shape[0] // 8 + 1, s.shape[0] // 2, *range(3 * s.shape[0] // 4, 3 * s.shape[0] // 4 + 3)]
+    recorded[some] = clean[some] + 5 * (recorded[some] - clean[some])
+    return clean, recorded
+
+
+def _garbled(s: _Trial) -> _Recording:
+    clean, recorded = s.clean + 500, s.recorded(s.clean) + 500
+    t, rows = s.shape[0] // 3, slice(s.shape[1] // 3, 2 * s.shape[1] // 3)
+    clean[t], recorded[t, rows] = np.nan, s.rng.integers(0, 2**16, recorded[t, rows].shape)
+    return clean, recorded
+
+
 def _flicker(s: _Trial) -> _Recording:
     return s.both(s.clean * (1 + 0.05 * s.rng.standard_normal((s.shape[0], 1, 1))))
 
@@ -364,6 +378,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "bleaching, to a fifth, made up for": _made_up_for,
     "noise that rows share": _noise_of_rows,
     "noise that frames share": _noise_of_frames,
+    "noise five times as strong in six frames, offset 500": _noisy_frames,
     "electrical ripple": _ripple,
     "hum of the mains": lambda s: (s.clean, s.recorded(s.clean) + _hum(s)),
     "hot pixels": _hot,
@@ -382,6 +397,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "five dropped frames": _dropped,
     "one lost frame, offset 2,000": _lost_frame,
     "the last frame broken off, offset 2,000": _broken_off,
+    "garbled data in a third of a frame, offset 500": _garbled,
     "a shutter that opens slowly, offset 2,000": _slow_shutter,
     "a spark, offset 2,000": _spark,
     "a tenth of all frames repeated": _some_repeated,

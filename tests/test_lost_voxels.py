@@ -39,7 +39,7 @@ def with_blank_rows(stack, fill=0):
 
 
 def without(stack):
-    return without_lost_voxels(stack, estimate_noise(stack))
+    return without_lost_voxels(stack, estimate_noise(stack), {})
 
 
 @pytest.mark.parametrize("fill", [0, 65535])
@@ -108,7 +108,7 @@ def test_denoising_gains_by_it(method, clean, recording, monkeypatch):
         assert (out[t, rows] == 0).all()
     whole = np.setdiff1d(np.arange(len(stack)), list(BLANK))
     plain, _ = array_and_record(recording, chosen, method=method)
-    monkeypatch.setattr(lost_voxels, "without_lost_voxels", lambda stack, _: stack)
+    monkeypatch.setattr(lost_voxels, "without_lost_voxels", lambda stack, *_: stack)
     left_in, _ = array_and_record(stack, chosen, method=method)
     scores = [evaluate_stacks(clean[whole] + 2000, x[whole])["activity_snr"] for x in (left_in, out, plain)]
     assert scores[0] + 3 < scores[1]

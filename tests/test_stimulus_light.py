@@ -9,8 +9,8 @@ import pytest
 import tifffile
 import torch
 
+from restormer3d.artefacts.frames_around import Steadied
 from restormer3d.artefacts.stimulus_light import (
-    Steadied,
     WithoutLight,
     put_back,
     steadied,

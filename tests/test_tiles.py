@@ -17,10 +17,11 @@ from restormer3d import spool
 from restormer3d.activity import tiles
 from restormer3d.activity.tiles import in_tiles, part_shape, tile_places, tile_shape, waiting_bytes
 from restormer3d.artefacts.borders import FilledBorders, WithoutBorders
+from restormer3d.artefacts.frames_around import Steadied
 from restormer3d.artefacts.planes import WithoutPlanes, one_plane
 from restormer3d.artefacts.scan_lines import AlignedLines
 from restormer3d.artefacts.spikes import WithoutSpikes
-from restormer3d.artefacts.stimulus_light import Steadied, WithoutLight
+from restormer3d.artefacts.stimulus_light import WithoutLight
 from restormer3d.denoising import array_and_record, start_denoising
 from restormer3d.progress import silent
 from restormer3d.settings import settings

@@ -197,12 +197,13 @@ class InferenceConfig(_Config):
         `artefacts.idle_frames.frames_shown`), borders that registration has filled are, too (see
         `artefacts.borders.without_borders`), rows and columns along the border that never change are left out and put
         back (see `artefacts.borders.without_constant_edges`), voxels of single frames whose data were lost as well (see
-        `artefacts.lost_voxels.without_lost_voxels`), lines of a bidirectional scan that are displaced are aligned, and
-        displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from place to place more
-        than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that grows or fades along
-        the recording steady (see `artefacts.changing_noise.changing_noise`), noise that goes on from frame to frame
-        white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical ripple and noise that
-        frames or rows share are taken away (see `artefacts.ripple.electrical_ripple`,
+        `artefacts.lost_voxels.without_lost_voxels`), rows of a few frames that are far noisier than others are drawn
+        towards frames around (see `artefacts.noisy_rows.noisy_rows`), lines of a bidirectional scan that are displaced
+        are aligned, and displaced again afterwards (see `artefacts.scan_lines.line_shift`), noise that differs from
+        place to place more than intensities tell is made even (see `artefacts.uneven_noise.uneven_noise`), noise that
+        grows or fades along the recording steady (see `artefacts.changing_noise.changing_noise`), noise that goes on
+        from frame to frame white (see `artefacts.temporal_correlation.temporal_correlation`), waves of electrical
+        ripple and noise that frames or rows share are taken away (see `artefacts.ripple.electrical_ripple`,
         `artefacts.level_noise.level_noise` and `artefacts.row_noise.row_noise`), and voxels that a cosmic ray has hit
         are replaced (see `artefacts.spikes.without_spikes`).
     stimulus_light : bool

@@ -16,7 +16,7 @@ from restormer3d.artefacts import changing_noise as changing
 from restormer3d.artefacts.movement import Followed, follow_movement
 from restormer3d.artefacts.planes import find_planes, in_turns, one_plane, plane_images, with_one_image
 from restormer3d.artefacts.set_aside import made_white, set_aside, without_electrical_noise
-from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
+from restormer3d.artefacts.stimulus_light import steadied, unlit_frames
 from restormer3d.artefacts.uneven_noise import EvenNoise, UnevenNoise, put_back, uneven_noise
 from restormer3d.config import Method
 from restormer3d.fitting import Denoised, by_filter, by_network
@@ -116,7 +116,7 @@ def start_denoising(
         if planes is not None:
             say(f"the frames show {planes.count} images in turns, as of planes close to one another: kept apart")
             images = plane_images(stack, planes.count)
-        denoised = denoise_one(stack, light, images, left, progress, say)
+        denoised = denoise_one(stack, light, images, left, progress, say, drawn=aside.drawn)
     else:
         denoised = _plane_by_plane(denoise_one, stack, light, planes.count, left, progress, say)
     record = (
@@ -143,18 +143,17 @@ def _denoise_one(
     method: Method,
     device: torch.device,
     pretrained: Pretrained | None,
+    drawn: tuple[int, ...] = (),
 ) -> Denoised:
-    """Denoise a stack from which `light` (T, H) was taken; `images` as for :func:`fitting.by_network`."""
+    """Denoise a stack from which `light` (T, H) was taken; `images` and `drawn` as for :func:`fitting.by_network`."""
     started = time.monotonic()
     stack, as_averaged, correlation = made_white(stack, images, chosen.inference, say)
     stack, electrical = without_electrical_noise(stack, images, light, chosen.inference, say)
-    drawn: tuple[int, ...] = ()
-    if light is not None and images is None:
-        stack = steadied(stack, light)
-        if isinstance(stack, Steadied):
-            drawn = tuple(stack.kept)
-            say(f"noise of that light is strong in {len(drawn)} frames: they are drawn towards those around")
-    mend, unlit = chosen.inference.mend and not drawn, unlit_frames(light)  # frames that were drawn have other noise
+    mend, unlit = chosen.inference.mend, unlit_frames(light)
+    if light is not None and images is None and (lit := steadied(stack, light)) is not stack:
+        say(f"noise of that light is strong in {len(lit.kept)} frames: they are drawn towards those around")
+        drawn, stack = tuple(sorted({*drawn, *lit.kept})), lit
+        mend = False  # frames that were drawn have other noise
     fading = _changing_noise(stack, unlit, say) if mend and images is None else None
     if fading is not None:  # before frames are moved by parts of pixels, which takes noise away
         stack = changing.SteadyNoise(stack, fading)

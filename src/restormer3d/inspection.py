@@ -11,7 +11,7 @@ from restormer3d.artefacts.changing_noise import SteadyNoise, changing_noise
 from restormer3d.artefacts.movement import field_movement
 from restormer3d.artefacts.planes import find_planes, of_one_image
 from restormer3d.artefacts.set_aside import made_white, set_aside, without_electrical_noise
-from restormer3d.artefacts.stimulus_light import Steadied, steadied, unlit_frames
+from restormer3d.artefacts.stimulus_light import steadied, unlit_frames
 from restormer3d.artefacts.uneven_noise import uneven_noise
 from restormer3d.inference import window_size
 from restormer3d.noise import blind_spot_extent, estimate_noise
@@ -33,9 +33,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     dict
         File, shape, dtype, axes, size, percentiles, normalization, missing voxels, planes recorded in turns, frames
         that are blank, dark or repeats, frames whose borders registration has filled, rows and columns that never
-        change, voxels whose data were lost, voxels that a cosmic ray has hit, how far every other line is displaced,
-        frames lit by a stimulus, how far noise goes on from frame to frame, what electrical ripple and noise of frames
-        and rows add, how the field moves, how uneven noise is, noise (photon transfer, correlation) and blind spot.
+        change, voxels whose data were lost, frames far noisier than others, voxels that a cosmic ray has hit, how far
+        every other line is displaced, frames lit by a stimulus, how far noise goes on from frame to frame, what
+        electrical ripple and noise of frames and rows add, how the field moves, how uneven noise is, noise (photon
+        transfer, correlation) and blind spot.
 
     Raises
     ------
@@ -57,11 +58,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
         seen, electrical = without_electrical_noise(seen, None, lit, parts)
+        as_lit = seen
         if lit is not None and alone:
             seen = steadied(seen, lit)
         moving = field_movement(seen, jitter=False) if alone else None
         fading = uneven = None
-        if not isinstance(seen, Steadied):
+        if seen is as_lit:
             fading = changing_noise(seen, unlit_frames(lit)) if alone else None
             uneven = uneven_noise(seen if fading is None else SteadyNoise(seen, fading), unlit_frames(lit))
         noise = estimate_noise(seen, frames=unlit_frames(lit))
@@ -85,6 +87,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "filled_borders": aside.record["filled_borders"],
             "constant_edges": aside.record["constant_edges"],
             "lost_voxels": aside.record["lost_voxels"],
+            "noisy_frames": aside.record["noisy_frames"],
             "spikes": aside.record["spikes"],
             "line_shift": aside.record["line_shift"],
             "lit_frames": 0 if light is None else int(light.any(1).sum()),
@@ -130,6 +133,8 @@ def describe(facts: dict[str, Any]) -> str:
         * bool(facts["constant_edges"]),
         "lost": f"{facts['lost_voxels']} voxels are as if their data were lost: they stay as they are"
         * bool(facts["lost_voxels"]),
+        "noisy frames": f"rows of {facts['noisy_frames']} are far noisier than others: drawn towards those around"
+        * bool(facts["noisy_frames"]),
         "spikes": f"{facts['spikes']} voxels are as if hit by a cosmic ray: they are replaced" * bool(facts["spikes"]),
         "lines": f"every other one is displaced by {abs(facts['line_shift']):.2g} pixels: aligned, and put back"
         * bool(facts["line_shift"]),

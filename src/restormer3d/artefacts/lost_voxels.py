@@ -1,7 +1,8 @@
 """Voxels of single frames without a recording: a frame was broken off, or data were lost on their way.
 
 Rows of them hold one value, far from what other frames show there; or they are far below all that is recorded, as zeros
-are where darkness is an offset. One frame of them costs all others some of the result.
+are where darkness is an offset; or they hold garbled data, which look like noise far stronger than any other. One frame
+of them costs all others some of the result.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from restormer3d.artefacts.frames_around import mean_around
 from restormer3d.artefacts.idle_frames import rows_of_one_value
-from restormer3d.artefacts.stimulus_light import mean_around
+from restormer3d.artefacts.noisy_rows import GARBLED
 from restormer3d.noise import NoiseEstimate
 from restormer3d.normalization import sample_frames
 from restormer3d.views import FramesChanged, each_frame
@@ -51,7 +53,7 @@ class WithoutLostVoxels(FramesChanged):
             np.copyto(frame, mean_around(self.stack, self.whole, t, crop), "same_kind", where=lost[crop])
 
 
-def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
+def without_lost_voxels(stack: Any, noise: NoiseEstimate, kept: dict[int, np.ndarray]) -> Any:
     """Put the mean of frames around where voxels are lost.
 
     Parameters
@@ -60,6 +62,9 @@ def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
         As recorded.
     noise : NoiseEstimate
         Of this stack: few photons leave whole rows at zero by chance.
+    kept : dict of int to numpy.ndarray
+        As `noisy_rows.noisy_rows` finds it. Garbled rows are lost; of other noisy ones
+        single voxels may be far below all others by chance.
 
     Returns
     -------
@@ -77,7 +82,7 @@ def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
     candidates = []
     for t, frame in each_frame(stack):
         blank, below = rows_of_one_value(frame), changes & (frame < least)
-        if (blank.any() and not blank.all()) or 0 < below.mean() < _MOST:
+        if t in kept or (blank.any() and not blank.all()) or 0 < below.mean() < _MOST:
             candidates.append(t)
     whole = np.setdiff1d(np.arange(frames), candidates)
     if not candidates or len(whole) < _LEAST_FRAMES:
@@ -93,6 +98,9 @@ def without_lost_voxels(stack: Any, noise: NoiseEstimate) -> Any:
         below &= below.mean() < _MOST
         if below.any():  # frames that fade pass the least intensity, too, but not far from those around
             below &= frame < mean_around(stack, whole, t) - _FAR / 2 * (usual - low)
+        if t in kept:
+            below &= (kept[t] == 1)[:, None]
+            blank |= kept[t] < GARBLED
         if blank.any() or below.any():
             lost[t] = below | blank[:, None]
     return WithoutLostVoxels(stack, lost, whole) if lost else stack

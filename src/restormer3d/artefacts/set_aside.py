@@ -12,11 +12,13 @@ from restormer3d.artefacts import (
     borders,
     idle_frames,
     lost_voxels,
+    noisy_rows,
     scan_lines,
     spikes,
     stimulus_light,
     temporal_correlation,
 )
+from restormer3d.artefacts.frames_around import Steadied
 from restormer3d.artefacts.level_noise import level_noise
 from restormer3d.artefacts.planes import find_planes, with_one_image
 from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
@@ -42,7 +44,9 @@ class SetAside(NamedTuple):
         Light of a stimulus that was taken away from its rows, (T, H).
     record : dict
         What was set aside, for a sidecar: `level`, `idle_frames`, `filled_borders`, `constant_edges`,
-        `lost_voxels`, `spikes`, `line_shift`, `stimulus_light`.
+        `lost_voxels`, `noisy_frames`, `spikes`, `line_shift`, `stimulus_light`.
+    drawn : tuple of int
+        Numbers of frames that were drawn towards others.
     undo : tuple of function
         Each puts one thing back into denoised frames, the last one first.
     """
@@ -50,6 +54,7 @@ class SetAside(NamedTuple):
     stack: Any
     light: np.ndarray | None
     record: dict[str, Any]
+    drawn: tuple[int, ...]
     undo: tuple[_PutBack, ...]
 
     def put_back(self, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -79,9 +84,11 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
         "filled_borders": 0,
         "constant_edges": None,
         "lost_voxels": 0,
+        "noisy_frames": 0,
         "spikes": 0,
         "line_shift": 0.0,
     }
+    drawn: tuple[int, ...] = ()
     if parts.mend:
         frames = stack.shape[0]
         stack = _without_idle(stack, parts, undo, say)
@@ -89,7 +96,10 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
         noise = estimate_noise(stack)
         stack, record["filled_borders"] = _without_borders(stack, noise, undo, say)
         stack, record["constant_edges"] = _without_constant_edges(stack, undo, say)
-        stack, record["lost_voxels"] = _without_lost_voxels(stack, noise, undo, say)
+        noisy = noisy_rows.noisy_rows(stack, noise)
+        stack, record["lost_voxels"] = _without_lost_voxels(stack, noise, noisy, undo, say)
+        stack, drawn = _without_noise_of_rows(stack, noisy, parts, say)
+        record["noisy_frames"] = len(drawn)
         stack, record["spikes"] = _without_spikes(stack, noise, say)
         stack, record["line_shift"] = _with_lines_aligned(stack, undo, say)
     light = None
@@ -99,7 +109,7 @@ def set_aside(stack: Any, parts: InferenceConfig, say: Say = silent) -> SetAside
     if light is not None:
         largest = float(light.flat[np.abs(light).argmax()])
         record["stimulus_light"] = {"frames": int(light.any(1).sum()), "largest": largest}
-    return SetAside(stack, light, record, tuple(undo))
+    return SetAside(stack, light, record, drawn, tuple(undo))
 
 
 def made_white(
@@ -227,15 +237,34 @@ def _without_constant_edges(stack: Any, undo: list[_PutBack], say: Say) -> tuple
     return inside, widths
 
 
-def _without_lost_voxels(stack: Any, noise: NoiseEstimate, undo: list[_PutBack], say: Say) -> tuple[Any, int]:
+def _without_lost_voxels(
+    stack: Any, noise: NoiseEstimate, noisy: dict[int, np.ndarray], undo: list[_PutBack], say: Say
+) -> tuple[Any, int]:
     """Replace voxels whose data were lost; how many."""
-    stack = lost_voxels.without_lost_voxels(stack, noise)
+    stack = lost_voxels.without_lost_voxels(stack, noise, noisy)
     if not isinstance(stack, lost_voxels.WithoutLostVoxels):
         return stack, 0
     count = sum(int(lost.sum()) for lost in stack.lost.values())
     say(f"{count} voxels of {len(stack.lost)} frames are as if their data were lost: they are put back as they were")
     undo.append(partial(lost_voxels.put_back, recorded=stack))
     return stack, count
+
+
+def _without_noise_of_rows(
+    stack: Any, noisy: dict[int, np.ndarray], parts: InferenceConfig, say: Say
+) -> tuple[Any, tuple[int, ...]]:
+    """Draw rows that are far noisier than others towards frames around, for good; in which frames."""
+    recorded = stack
+    # Of planes in turns the frames around show something else.
+    if noisy and find_planes(stack, parts.planes) is None:
+        stack = noisy_rows.without_noise_of_rows(stack, noisy)
+    if not isinstance(stack, Steadied) or stack is recorded:
+        return stack, ()
+    say(
+        f"rows of {len(stack.kept)} frames are far noisier than others, and than their brightness explains: they are "
+        "drawn towards the frames around. Of activity in these frames alone little is left"
+    )
+    return stack, tuple(stack.kept)
 
 
 def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import median_filter
 
+from restormer3d.artefacts.frames_around import Steadied, mean_around, middle_and_spread, sure_offset
 from restormer3d.threads import thread_count
-from restormer3d.views import ChangedStack, FramesChanged
+from restormer3d.views import ChangedStack
 
 _COLUMNS = 64  # of a row that are looked at, at most
 _ROWS = 9  # of which the middle one counts: edges of a lit band stay, single rows do not
@@ -34,8 +35,6 @@ _SHARE_BESIDE = 0.4  # as much in the other rows of its band, or of the frame's,
 _ALIKE = 0.2  # correlation of what lit rows differ by with the static image, from which on it is activity
 _STRONG = 0.7  # share of a lit row's deviation that an unlit one has, below which frames are steadied
 _COMPARED = 24  # unlit frames that say what is usual
-_AROUND = 4  # unlit frames on either side of a frame
-_SURE = 3.0  # standard errors, from which on what is left of a row's light counts
 _NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
@@ -117,32 +116,6 @@ def unlit_frames(light: np.ndarray | None) -> np.ndarray | None:
     return unlit if len(unlit) >= _LEAST_FRAMES else None
 
 
-@dataclass(frozen=True)
-class Steadied(FramesChanged):
-    """A stack (T, H, W) whose rows under strong light are drawn towards unlit frames around: their noise is as usual.
-
-    Parameters
-    ----------
-    stack : stack of shape (T, H, W)
-        Without the light.
-    kept : dict of int to numpy.ndarray
-        By frame, what its rows differ by as a whole from the mean of the frames around, and what they keep of the rest
-        of the difference, (2, H).
-    unlit : numpy.ndarray
-        Numbers of the frames without light, increasing.
-    """
-
-    kept: dict[int, np.ndarray]
-    unlit: np.ndarray
-
-    def change(self, frame: np.ndarray, t: int, crop: tuple[Any, ...]) -> None:
-        """Draw a frame's rows towards the frames around."""
-        if (kept := self.kept.get(t)) is not None:
-            offset, share = kept[:, crop[0] if crop else slice(None), None]
-            base = mean_around(self.stack, self.unlit, t, crop) + offset
-            frame[...] = base + share * (frame - base)
-
-
 def steadied(stack: Any, light: np.ndarray) -> Any:
     """Draw rows whose noise is raised by the photons of light towards unlit frames around, as far as it takes.
 
@@ -169,9 +142,7 @@ def steadied(stack: Any, light: np.ndarray) -> Any:
         """Median and median absolute deviation (H,) of rows' differences from the frames around, and how alike."""
         around = mean_around(stack, unlit, t)
         apart = stack[t] - around
-        middle = np.median(apart, axis=1)
-        apart -= middle[:, None]
-        return middle, np.median(np.abs(apart), axis=1), _correlation(apart, around, light[t] > 0)
+        return *middle_and_spread(apart), _correlation(apart, around, light[t] > 0)
 
     usual = np.median([rows(int(t))[1] for t in unlit[:: -(-len(unlit) // _COMPARED)]], axis=0)
     kept = {}
@@ -182,9 +153,8 @@ def steadied(stack: Any, light: np.ndarray) -> Any:
         # What is brighter where tissue is bright, is activity of all of it: light's noise is not alike the image.
         if np.median(share[rows_lit]) < _STRONG and alike < _ALIKE:
             share = np.where(rows_lit, np.minimum(share, 1), 1)
-            offset = median_filter(middle, _ROWS, mode="nearest")  # of light that is not the same in all of its band
-            error = spread * np.pi / 2 / np.sqrt(_ROWS * stack.shape[2]) / _NORMAL_MEDIAN  # of a median of medians
-            kept[int(t)] = np.stack([np.where(np.abs(offset) > _SURE * error, offset, 0), share])
+            # Light need not be the same in all of its band.
+            kept[int(t)] = np.stack([sure_offset(middle, spread, stack.shape[2]), share])
     return Steadied(stack, kept, unlit) if kept else stack
 
 
@@ -192,17 +162,6 @@ def _correlation(apart: np.ndarray, around: np.ndarray, rows: np.ndarray) -> flo
     """Correlation of two images (H, W) within some of their rows."""
     a, b = (image[rows] - image[rows].mean(1, keepdims=True) for image in (apart, around))
     return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum() + 1e-30)) if rows.any() else 0.0
-
-
-def mean_around(stack: Any, some: np.ndarray, t: int, crop: tuple[Any, ...] = ()) -> np.ndarray:
-    """Mean of those among some frames that are next to frame `t`, four on either side, without it.
-
-    `some` are their numbers, increasing, and `crop` says which rows and columns of them: (H, W) float64.
-    """
-    place = int(np.searchsorted(some, t))
-    after = place + (place < len(some) and some[place] == t)
-    around = [*some[max(0, place - _AROUND) : place], *some[after : after + _AROUND]]
-    return np.stack([stack[(int(number), *crop)] for number in around]).mean(0, np.float64)
 
 
 def put_back(frames: Iterator[np.ndarray], light: np.ndarray) -> Iterator[np.ndarray]:
