@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import maximum_filter1d, median_filter
+from scipy.ndimage import binary_propagation, maximum_filter1d, median_filter
 
 from restormer3d.artefacts.frames_around import Steadied, mean_around, middle_and_spread, sure_offset
 from restormer3d.noise import NoiseEstimate
@@ -23,10 +23,12 @@ _LEAST_FRAMES, _LEAST_SIDE = 16, 32  # that tell what is usual
 _PAIRS = 64  # of neighbors in a row that are looked at, at most
 _WINDOW, _STRIDE = 101, 10  # frames whose median is usual in their middle, and between such middles
 _ROWS = 9  # of a band, whose median counts,
-_NOISY = 2.5  # from so many usual deviations on;
+_NOISY = 2.5  # from so many usual deviations on,
+_STILL_NOISY = 1.5  # and beside such rows as far as they are so many;
 _NOISY_ALONE = 4.0  # of a single row, from so many on
 _REACH = 8  # rows that far away, as a part of the field, may have moved there
 _MOST = 0.1  # of the frames: more are no accident
+_BESIDE = np.array([[False] * 3, [True] * 3, [False] * 3])  # rows of the same frame
 _TINY = 1e-30
 _NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
@@ -61,7 +63,7 @@ def noisy_rows(stack: Any, noise: NoiseEstimate) -> dict[int, np.ndarray]:
     explained = _NORMAL_MEDIAN * np.sqrt(2 * noise.variance(brightness))
     ratio = apart / np.maximum(np.maximum(usual, explained), _TINY)
     of_bands = median_filter(ratio, (1, _ROWS), mode="nearest")
-    in_band = of_bands > _NOISY
+    in_band = binary_propagation(of_bands > _NOISY, _BESIDE, mask=of_bands > _STILL_NOISY)
     found = in_band | (ratio > _NOISY_ALONE)
     numbers = np.flatnonzero(found.any(1))
     if len(numbers) > _MOST * frames:
