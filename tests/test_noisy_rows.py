@@ -88,6 +88,15 @@ def test_they_are_found_in_any_type(noisy, kind):
     assert set(NOISY) == set(rows_of(scaled))
 
 
+def test_long_recordings_are_looked_at_in_parts(noisy, monkeypatch):
+    repeated = np.concatenate([noisy, noisy[:, ::-1], noisy])
+    expected = rows_of(repeated)
+    assert len(expected) == 12
+    for block in (250, 100):
+        monkeypatch.setattr(module, "_BLOCK", block)
+        assert set(rows_of(repeated)) == set(expected)
+
+
 def test_garbled_rows_count_as_lost(recording):
     stack = np.rint(recording).astype(np.uint16)
     stack[50, GARBLED] = np.random.default_rng(3).integers(0, 2**16, stack[50, GARBLED].shape)

@@ -14,7 +14,7 @@ from scipy.ndimage import binary_propagation, maximum_filter1d, median_filter
 
 from restormer3d.artefacts.frames_around import Steadied, mean_around, middle_and_spread, sure_offset
 from restormer3d.noise import NoiseEstimate
-from restormer3d.views import each_frame
+from restormer3d.views import SomeFrames, each_frame
 
 GARBLED = 0.1
 """Share of a row that is to be kept, below which it shows nothing: its data are lost."""
@@ -22,6 +22,7 @@ GARBLED = 0.1
 _LEAST_FRAMES, _LEAST_SIDE = 16, 32  # that tell what is usual
 _PAIRS = 64  # of neighbors in a row that are looked at, at most
 _WINDOW, _STRIDE = 101, 10  # frames whose median is usual in their middle, and between such middles
+_BLOCK = 2000  # frames that are looked at together, with those around
 _ROWS = 9  # of a band, whose median counts,
 _NOISY = 2.5  # from so many usual deviations on,
 _STILL_NOISY = 1.5  # and beside such rows as far as they are so many;
@@ -53,24 +54,13 @@ def noisy_rows(stack: Any, noise: NoiseEstimate) -> dict[int, np.ndarray]:
     frames, *sides = stack.shape
     if frames < _LEAST_FRAMES or min(sides) < _LEAST_SIDE:
         return {}
-    left = np.arange(0, sides[1] - 1, -(-sides[1] // _PAIRS))
-    apart, brightness = (np.empty((frames, sides[0]), np.float32) for _ in range(2))
-    for t, frame in each_frame(stack):
-        first, second = (frame[:, columns].astype(np.float32) for columns in (left, left + 1))
-        brightness[t] = first.mean(1)
-        apart[t] = np.median(np.abs(second - first), axis=1)
-    usual = maximum_filter1d(_usual(apart), 2 * (sides[0] // _REACH) + 1, axis=1)
-    explained = _NORMAL_MEDIAN * np.sqrt(2 * noise.variance(brightness))
-    ratio = apart / np.maximum(np.maximum(usual, explained), _TINY)
-    of_bands = median_filter(ratio, (1, _ROWS), mode="nearest")
-    in_band = binary_propagation(of_bands > _NOISY, _BESIDE, mask=of_bands > _STILL_NOISY)
-    found = in_band | (ratio > _NOISY_ALONE)
-    numbers = np.flatnonzero(found.any(1))
-    if len(numbers) > _MOST * frames:
-        return {}
-    typical = np.where(in_band, median_filter(apart, (1, _ROWS), mode="nearest"), apart)
-    least = np.maximum(usual, explained.min(0))  # what rounding has left of the noise may be nothing at all
-    return {int(t): np.where(found[t], np.minimum(1, least[t] / np.maximum(typical[t], _TINY)), 1) for t in numbers}
+    kept: dict[int, np.ndarray] = {}
+    for start in range(0, frames, _BLOCK):
+        first, last = max(0, start - _WINDOW), min(frames, start + _BLOCK + _WINDOW)
+        apart, brightness = _neighbors(SomeFrames(stack, np.arange(first, last)))
+        shares = _to_be_kept(apart, brightness, noise)[start - first :][:_BLOCK]
+        kept |= {start + int(t): shares[t] for t in np.flatnonzero((shares < 1).any(1))}
+    return kept if len(kept) <= _MOST * frames else {}
 
 
 def without_noise_of_rows(stack: Any, kept: dict[int, np.ndarray]) -> Any:
@@ -98,6 +88,31 @@ def without_noise_of_rows(stack: Any, kept: dict[int, np.ndarray]) -> Any:
             # Of few photons the median lies below the mean, the farther the stronger the noise.
             drawn[t] = np.stack([sure_offset(apart.mean(1), spread, stack.shape[2]), share])
     return Steadied(stack, drawn, usual) if drawn else stack
+
+
+def _neighbors(stack: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Typical difference of neighbors in the rows of a stack (T, H, W), and the rows' mean intensity, (T, H) each."""
+    left = np.arange(0, stack.shape[2] - 1, -(-stack.shape[2] // _PAIRS))
+    apart, brightness = (np.empty(stack.shape[:2], np.float32) for _ in range(2))
+    for t, frame in each_frame(stack):
+        first, second = (frame[:, columns].astype(np.float32) for columns in (left, left + 1))
+        brightness[t] = first.mean(1)
+        apart[t] = np.median(np.abs(second - first), axis=1)
+    return apart, brightness
+
+
+def _to_be_kept(apart: np.ndarray, brightness: np.ndarray, noise: NoiseEstimate) -> np.ndarray:
+    """Of rows whose neighbors differ (T, H), what is to be kept, (T, H): 1 of all that are as noisy as usual."""
+    reach = 2 * (apart.shape[1] // _REACH) + 1
+    usual = maximum_filter1d(_usual(apart), reach, axis=1)
+    explained = _NORMAL_MEDIAN * np.sqrt(2 * noise.variance(brightness))
+    ratio = apart / np.maximum(np.maximum(usual, explained), _TINY)
+    of_bands = median_filter(ratio, (1, _ROWS), mode="nearest")
+    in_band = np.asarray(binary_propagation(of_bands > _NOISY, _BESIDE, mask=of_bands > _STILL_NOISY), bool)
+    typical = np.where(in_band, median_filter(apart, (1, _ROWS), mode="nearest"), apart)
+    least = np.maximum(usual, explained.min(0))  # what rounding has left of the noise may be nothing at all
+    share = np.minimum(1, least / np.maximum(typical, _TINY))
+    return np.where(in_band | (ratio > _NOISY_ALONE), share, 1)
 
 
 def _usual(values: np.ndarray) -> np.ndarray:
