@@ -203,6 +203,16 @@ def test_rows_under_strong_light_have_noise_as_usual(plain):
     np.testing.assert_array_equal(steady[40:50], away[40:50])
 
 
+@pytest.mark.parametrize("rows", [slice(0, 21), slice(12, 40), slice(25, 48), slice(17, 26)])
+@pytest.mark.parametrize("added", [1500, -800])
+def test_strong_light_begins_and_ends_where_it_does(plain, rows, added):
+    bright = photons(plain) + 1000.0
+    bright[[30, 31, 80], rows] += added
+    expected = np.zeros(plain.shape[:2], bool)
+    expected[[30, 31, 80], rows] = True
+    np.testing.assert_array_equal(stimulus_light(bright) != 0, expected)
+
+
 def test_light_that_is_not_the_same_in_all_rows_stays_so(plain):
     slope = np.linspace(1000, 3000, 48)[:, None]
     clean = plain.copy()

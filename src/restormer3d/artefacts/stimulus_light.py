@@ -31,6 +31,7 @@ _READ = 16  # frames that are read at once
 _SAMPLE = 100  # of them that the static image and the noise are measured on
 _LEAST_SPREADS = 12.0  # median absolute deviations of rows' brightness that light has somewhere,
 _LEAST_NOISE = 0.4  # and in deviations of a voxel's noise;
+_SHARP = 5.0  # times as much as that noise, from which on single rows tell where it begins and ends;
 _SHARE_BESIDE = 0.4  # as much in the other rows of its band, or of the frame's, where all rows are lit
 _ALIKE = 0.2  # correlation of what lit rows differ by with the static image, from which on it is activity
 _STRONG = 0.7  # share of a lit row's deviation that an unlit one has, below which frames are steadied
@@ -183,6 +184,7 @@ def _shared_light(frames: np.ndarray) -> np.ndarray:
     lower, middle, upper = (x - _usual(x) for x in (lower, middle, upper))
     light = np.zeros_like(middle)
     for t, y in _lit_bands(lower, middle, least) + _lit_bands(-upper, -middle, least):
+        y = _to_the_row(middle[t], y, _SHARP * least)
         light[t, y] = np.median(middle[t, y])
     return light
 
@@ -210,6 +212,23 @@ def _lit_bands(lower: np.ndarray, middle: np.ndarray, least: float) -> list[tupl
     starts, ends = (np.argwhere(edge) for edge in (lit[:, 1:] & ~lit[:, :-1], lit[:, :-1] & ~lit[:, 1:]))
     bands = [(t, slice(top, end)) for (t, top), (_, end) in zip(starts, ends, strict=True)]
     return [(t, y) for t, y in bands if y.stop - y.start >= min(_ROWS, height) and bright[t, y].any()]
+
+
+def _to_the_row(middle: np.ndarray, band: slice, least: float) -> slice:
+    """Band of rows, found by medians of some, as its single rows (H,) tell, where their light is strong enough for it.
+
+    Light begins from one row to the next: one that is taken for lit, or for unlit, would be far from all others.
+    """
+    start = _first_lit(middle, band.start, least)
+    stop = len(middle) - _first_lit(middle[::-1], len(middle) - band.stop, least)
+    return slice(start, stop)
+
+
+def _first_lit(middle: np.ndarray, start: int, least: float) -> int:
+    light = np.median(middle[start : start + _ROWS])
+    first = max(0, start - _ROWS // 2)
+    lit = middle[first : start + _ROWS // 2] * np.sign(light) > abs(light) / 2
+    return first + int(lit.argmax()) if start and abs(light) > least and lit.any() else start
 
 
 def _least(rows: np.ndarray, least: float) -> np.ndarray:
