@@ -58,12 +58,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         if light is not None and planes is not None and not planes.shared:
             lit = light[:: planes.count]
         seen, electrical = without_electrical_noise(seen, None, lit, parts)
-        as_lit = seen
+        before = seen
         if lit is not None and alone:
             seen = steadied(seen, lit)
         moving = field_movement(seen, jitter=False) if alone else None
         fading = uneven = None
-        if seen is as_lit:
+        if seen is before:  # frames that were drawn towards others have other noise
             fading = changing_noise(seen, unlit_frames(lit)) if alone else None
             uneven = uneven_noise(seen if fading is None else SteadyNoise(seen, fading), unlit_frames(lit))
         noise = estimate_noise(seen, frames=unlit_frames(lit))

@@ -18,7 +18,6 @@ from restormer3d.artefacts import (
     stimulus_light,
     temporal_correlation,
 )
-from restormer3d.artefacts.frames_around import Steadied
 from restormer3d.artefacts.level_noise import level_noise
 from restormer3d.artefacts.planes import find_planes, with_one_image
 from restormer3d.artefacts.ripple import WithoutRipple, electrical_ripple
@@ -254,17 +253,17 @@ def _without_noise_of_rows(
     stack: Any, noisy: dict[int, np.ndarray], parts: InferenceConfig, say: Say
 ) -> tuple[Any, tuple[int, ...]]:
     """Draw rows that are far noisier than others towards frames around, for good; in which frames."""
-    recorded = stack
     # Of planes in turns the frames around show something else.
-    if noisy and find_planes(stack, parts.planes) is None:
-        stack = noisy_rows.without_noise_of_rows(stack, noisy)
-    if not isinstance(stack, Steadied) or stack is recorded:
+    if not noisy or find_planes(stack, parts.planes) is not None:
+        return stack, ()
+    steady = noisy_rows.without_noise_of_rows(stack, noisy)
+    if steady is stack:
         return stack, ()
     say(
-        f"rows of {len(stack.kept)} frames are far noisier than others, and than their brightness explains: they are "
+        f"rows of {len(steady.kept)} frames are far noisier than others, and than their brightness explains: they are "
         "drawn towards the frames around. Of activity in these frames alone little is left"
     )
-    return stack, tuple(stack.kept)
+    return steady, tuple(steady.kept)
 
 
 def _without_spikes(stack: Any, noise: NoiseEstimate, say: Say) -> tuple[Any, int]:
