@@ -10,10 +10,12 @@ from scipy.ndimage import median_filter
 
 from restormer3d.views import FramesChanged
 
+NORMAL_MEDIAN = 0.6744898
+"""Of the magnitude of a normal number of deviation 1."""
+
 _AROUND = 4  # frames on either side of a frame
 _ROWS = 9  # of a band, that a row's offset is the median of
 _SURE = 3.0  # standard errors, from which on what a row differs by as a whole counts
-_NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
 @dataclass(frozen=True)
@@ -62,5 +64,5 @@ def middle_and_spread(apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def sure_offset(middle: np.ndarray, spread: np.ndarray, width: int) -> np.ndarray:
     """What bands of rows differ by as a whole (H,), where noise does not explain it, by :func:`middle_and_spread`."""
     offset = median_filter(middle, _ROWS, mode="nearest")
-    error = spread * np.pi / 2 / np.sqrt(_ROWS * width) / _NORMAL_MEDIAN  # of a median of medians
+    error = spread * np.pi / 2 / np.sqrt(_ROWS * width) / NORMAL_MEDIAN  # of a median of medians
     return np.where(np.abs(offset) > _SURE * error, offset, 0)

@@ -63,8 +63,8 @@ def without_lost_voxels(stack: Any, noise: NoiseEstimate, kept: dict[int, np.nda
     noise : NoiseEstimate
         Of this stack: few photons leave whole rows at zero by chance.
     kept : dict of int to numpy.ndarray
-        As `noisy_rows.noisy_rows` finds it. Garbled rows are lost; of other noisy ones
-        single voxels may be far below all others by chance.
+        As `noisy_rows.noisy_rows` finds it. Garbled rows are lost; of other noisy ones single voxels may be far below
+        all others by chance.
 
     Returns
     -------

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import binary_propagation, maximum_filter1d, median_filter
 
-from restormer3d.artefacts.frames_around import Steadied, mean_around, middle_and_spread, sure_offset
+from restormer3d.artefacts.frames_around import NORMAL_MEDIAN, Steadied, mean_around, middle_and_spread, sure_offset
 from restormer3d.noise import NoiseEstimate
 from restormer3d.views import SomeFrames, each_frame
 
@@ -31,7 +31,6 @@ _REACH = 8  # rows that far away, as a part of the field, may have moved there
 _MOST = 0.1  # of the frames: more are no accident
 _BESIDE = np.array([[False] * 3, [True] * 3, [False] * 3])  # rows of the same frame
 _TINY = 1e-30
-_NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
 def noisy_rows(stack: Any, noise: NoiseEstimate) -> dict[int, np.ndarray]:
@@ -105,7 +104,7 @@ def _to_be_kept(apart: np.ndarray, brightness: np.ndarray, noise: NoiseEstimate)
     """Of rows whose neighbors differ (T, H), what is to be kept, (T, H): 1 of all that are as noisy as usual."""
     reach = 2 * (apart.shape[1] // _REACH) + 1
     usual = maximum_filter1d(_usual(apart), reach, axis=1)
-    explained = _NORMAL_MEDIAN * np.sqrt(2 * noise.variance(brightness))
+    explained = NORMAL_MEDIAN * np.sqrt(2 * noise.variance(brightness))
     ratio = apart / np.maximum(np.maximum(usual, explained), _TINY)
     of_bands = median_filter(ratio, (1, _ROWS), mode="nearest")
     in_band = np.asarray(binary_propagation(of_bands > _NOISY, _BESIDE, mask=of_bands > _STILL_NOISY), bool)

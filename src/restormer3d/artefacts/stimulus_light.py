@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import median_filter
 
-from restormer3d.artefacts.frames_around import Steadied, mean_around, middle_and_spread, sure_offset
+from restormer3d.artefacts.frames_around import NORMAL_MEDIAN, Steadied, mean_around, middle_and_spread, sure_offset
 from restormer3d.threads import thread_count
 from restormer3d.views import ChangedStack
 
@@ -36,7 +36,6 @@ _SHARE_BESIDE = 0.4  # as much in the other rows of its band, or of the frame's,
 _ALIKE = 0.2  # correlation of what lit rows differ by with the static image, from which on it is activity
 _STRONG = 0.7  # share of a lit row's deviation that an unlit one has, below which frames are steadied
 _COMPARED = 24  # unlit frames that say what is usual
-_NORMAL_MEDIAN = 0.6744898  # of the magnitude of a normal number of deviation 1
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def _least_light(steps: np.ndarray) -> float:
     """What can be told from noise and from rounding, by the magnitude of frames' differences."""
     if not steps.any():
         return 0.0
-    deviation = float(np.median(steps)) / (_NORMAL_MEDIAN * np.sqrt(2))
+    deviation = float(np.median(steps)) / (NORMAL_MEDIAN * np.sqrt(2))
     return max(_LEAST_NOISE * deviation, 1.5 * float(steps[steps > 0].min()))
 
 
