@@ -13,7 +13,7 @@ from typing import Annotated
 
 import numpy as np
 from cyclopts import App, Parameter
-from scipy.ndimage import gaussian_filter, shift, uniform_filter1d, zoom
+from scipy.ndimage import gaussian_filter, map_coordinates, shift, uniform_filter1d, zoom
 
 from benchmarks.jobs import without_folders
 from benchmarks.tables import publish
@@ -91,11 +91,31 @@ class _Trial:
         inside = slice(_BORDER, -_BORDER)
         return np.stack([shift(x, by, order=1)[inside, inside] for x, by in zip(self.wider, shifts, strict=True)])
 
+    def warped(self, by: np.ndarray) -> np.ndarray:
+        """Clean frames whose pixels are displaced by rows and columns, each by its own (T, 2, H, W)."""
+        places = np.mgrid[: self.shape[1], : self.shape[2]] + _BORDER
+        return np.stack([map_coordinates(x, places - d, order=1) for x, d in zip(self.wider, by, strict=True)])
+
 
 def _wandering(s: _Trial, deviation: float, frames: float) -> np.ndarray:
     """Clean frames of a field that moves by some pixels, smoothly over some frames."""
     shifts = gaussian_filter(s.rng.standard_normal((s.shape[0], 2)), (frames, 0.0))
     return s.moved(deviation * shifts / shifts.std())
+
+
+def _parts_move(s: _Trial) -> _Recording:
+    """By a pixel, smoothly over some frames and a third of the field."""
+    frames, height, width = s.shape
+    by = gaussian_filter(s.rng.standard_normal((frames, 2, height, width)), (3, 0, height / 3, width / 3))
+    return s.both(s.warped(by / by.std()))
+
+
+def _scanned_meanwhile(s: _Trial) -> _Recording:
+    """The field moves by 1.2 pixels within the time of some rows more or less than a frame has."""
+    frames, height, width = s.shape
+    by = gaussian_filter(s.rng.standard_normal((frames * height, 2)), (height, 0))
+    by = (1.2 * by / by.std(0)).reshape(frames, height, 2).transpose(0, 2, 1)[..., None]
+    return s.both(s.warped(np.broadcast_to(by, (frames, 2, height, width))))
 
 
 def _with_lines_shifted(clean: np.ndarray, by: float) -> np.ndarray:
@@ -371,6 +391,8 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "clipped at a detector's limit": _saturated,
     "the field jitters by 0.7 pixels": lambda s: s.both(_wandering(s, 0.7, 1.0)),
     "the field jumps by up to 4 pixels": _jumps,
+    "parts of the field move by themselves": _parts_move,
+    "the field moves while it is scanned": _scanned_meanwhile,
     "registered by whole pixels, borders black": _registered,
     "registered with interpolation": _interpolated,
     "brightness flickers by 5 %": _flicker,

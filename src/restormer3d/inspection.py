@@ -176,7 +176,9 @@ def _movement_in_words(movement: dict[str, Any] | None) -> str:
     if movement is None:
         return ""
     followed = "frames follow it" if any(movement["followed_up_to"]) else "jitter that no frame around foretells"
-    return "{:.2g} pixels along y, {:.2g} along x (standard deviation): ".format(*movement["deviation"]) + followed
+    bent = ", parts of it {:.2g} and {:.2g} against one another".format(*movement["non_rigid"])
+    moves = "{:.2g} pixels along y, {:.2g} along x (standard deviation)".format(*movement["deviation"])
+    return f"{moves}{bent * any(movement['non_rigid'])}: {followed}"
 
 
 def _planes_in_words(planes: dict[str, Any] | None) -> str:

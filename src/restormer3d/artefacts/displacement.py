@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import binary_erosion, gaussian_filter, maximum_filter, median_filter, shift
+from scipy.ndimage import binary_erosion, gaussian_filter, maximum_filter, median_filter
 
+from restormer3d.artefacts import warp
 from restormer3d.progress import silent
 from restormer3d.threads import thread_count
 from restormer3d.views import SomeFrames
-
-AT_REST = 0.02
-"""Pixels, below which a frame stays as it is."""
 
 REACH = 8
 """The field is looked for within this part of it."""
@@ -30,7 +28,8 @@ _LEAST_COARSE = 24  # of its shorter side
 _AT_ONCE = 32  # frames that are read at once
 _ROUNDS = 5  # of finding whole pixels, each time by a sharper image
 _LEAST_ALIKE, _ALIKE = 8, 16  # frames of a group, and share of all, that a first image is the mean of
-_PARTS = 4  # of the field along y and along x, each of which tells of the movement by itself
+_PARTS = 4, 6  # of the field along y and along x, each of which tells of rigid movement by itself, or of how it bends
+_BENT = 1.0  # pixels that patterns beside rigid movement may have: what parts do not tell is drawn to 0
 _TAIL = 1.5  # large movements are rare: as this power of a Cauchy distribution one (binned) pixel wide
 _BAND = (0.7, 5.0)  # pixels of Gaussian filters, between which the image tells of movement
 _NEAR_EDGES = 3  # pixels around those that never change, which do not count, and as many as the field moves by
@@ -41,29 +40,26 @@ _ALONE_BESIDE = 3.0  # and how many times as much as the four beside it
 _BESIDE = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], bool)
 
 
-def moved_frame(frame: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Move a frame (H, W) by rows and columns, by cubic splines; beyond its border it goes on as in a mirror."""
-    if np.abs(by).max() < AT_REST:
-        return frame
-    return shift(frame, by, output=np.result_type(frame, np.float32), order=3, mode="mirror")
-
-
-def _small_frame(frame: np.ndarray, bins: int, by: np.ndarray) -> np.ndarray:
-    """Mean of squares of `bins` pixels of a frame (H, W), moved by rows and columns of them, float32."""
+def _small_frame(frame: np.ndarray, bins: int, weights: np.ndarray) -> np.ndarray:
+    """Mean of squares of `bins` pixels of a frame (H, W), moved back by weights (2, K) in such squares, float32."""
     height, width = (side // bins * bins for side in frame.shape)
     pixels = [frame[y:height:bins, x:width:bins].astype(np.float32) for y, x in product(range(bins), repeat=2)]
-    return moved_frame(np.sum(pixels, axis=0) / bins**2, by)
+    small = np.sum(pixels, axis=0) / bins**2
+    return warp.moved(small, weights, small.shape, back=True)
 
 
 def small_frames(
-    stack: Any, bins: int, numbers: np.ndarray, shifts: np.ndarray
+    stack: Any, bins: int, numbers: np.ndarray, weights: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Some frames of a stack and their numbers, binned and moved back by binned pixels (T, 2), a few at a time."""
+    """Some frames of a stack and their numbers, binned and moved back, a few at a time.
+
+    `weights` (T, 2, K) of the displacement's patterns (see `artefacts.warp`) are in binned pixels.
+    """
     with ThreadPoolExecutor(thread_count()) as pool:
         for start in range(0, len(numbers), _AT_ONCE):
             some = numbers[start : start + _AT_ONCE]
             frames = SomeFrames(stack, some)[:] if some[-1] - some[0] < 2 * _AT_ONCE else (stack[int(t)] for t in some)
-            small = pool.map(lambda frame, by: _small_frame(frame, bins, -by), frames, shifts[some])
+            small = pool.map(lambda frame, by: _small_frame(frame, bins, by), frames, weights[some])
             yield np.stack(list(small)), some
 
 
@@ -105,7 +101,7 @@ def field_finder(stack: Any, some: np.ndarray, groups: np.ndarray) -> Callable[[
     It is found by the image of some frames, of those in the other group (T,).
     """
     bins = max(1, min(-(-max(stack.shape[1:]) // _COARSE_SIDE), min(stack.shape[1:]) // _LEAST_COARSE))
-    still = np.zeros((stack.shape[0], 2))
+    still = np.zeros((stack.shape[0], 2, 1))
     frames = np.concatenate([block for block, _ in small_frames(stack, bins, some, still)])
     height, width = frames.shape[1:]
     reach = max(3, min(height, width) // REACH)
@@ -202,62 +198,96 @@ class Parts:
     """What parts of the field tell of its displacement in each frame.
 
     `information` (parts, 2, 2) is the inverse of the displacements' covariance, `weighted` (parts, frames, 2) it times
-    displacements from `base` (frames, 2), from which the frames had been moved back.
+    displacements from `base`, weights (frames, 2, K) by which the frames had been moved back; `places` (2, parts) are
+    rows and columns of the parts among one another, `patterns` (K, parts) those of displacement there.
     """
 
     information: np.ndarray
     weighted: np.ndarray
     base: np.ndarray
+    places: np.ndarray
+    patterns: np.ndarray
 
-    def displacement(self, chosen: np.ndarray, axis: int) -> np.ndarray:
-        """Along an axis, less its mean over frames, as some parts (a mask) have it together, (frames,)."""
-        covariance = np.linalg.pinv(self.information[chosen].sum(0))
-        course = self.base[:, axis] + self.weighted[chosen].sum(0) @ covariance[axis]
-        return course - course.mean()
+    @property
+    def count(self) -> int:
+        """Of the parts."""
+        return len(self.information)
 
-    def halves(self, axis: int, without: int = -1) -> tuple[np.ndarray, np.ndarray]:
-        """Displacements by one half of the parts and by the other, (ways of halving, frames) each; by all but one."""
-        y, x = np.divmod(np.arange(_PARTS**2), _PARTS)
-        others = np.arange(_PARTS**2) != without
-        ways = [(a + b) % 2 == 0 for a, b in product((0 * y, y, y // 2), (0 * x, x, x // 2))][1:]
-        by_half = [[self.displacement(half & others, axis) for half in halves] for halves in (ways, [~w for w in ways])]
-        return np.array(by_half[0]), np.array(by_half[1])
+    def weights(self, chosen: np.ndarray) -> np.ndarray:
+        """Of the patterns, less their means over frames, as some parts (a mask) have them together, (frames, 2, K)."""
+        patterns = self.patterns[:, chosen]
+        pulls = np.einsum("pti,kp->tik", self.weighted[chosen], patterns).reshape(len(self.base), -1)
+        pulls -= self.base.reshape(pulls.shape) * self._usual()
+        found = self.base + (pulls @ self._covariance(chosen)).reshape(self.base.shape)
+        return found - found.mean(0)
+
+    def rigid(self) -> Parts:
+        """The same, of rigid movement alone."""
+        return replace(self, base=self.base[..., :1], patterns=self.patterns[:1])
+
+    def variance(self) -> np.ndarray:
+        """Of the weights' error, (2, K)."""
+        return self._covariance(np.ones(self.count, bool)).diagonal().reshape(self.base.shape[1:])
+
+    def halves(self, without: int = -1) -> np.ndarray:
+        """Weights by one half of the parts and by the other, (2, ways of halving, frames, 2, K); by all but one."""
+        y, x = self.places
+        others = np.arange(self.count) != without
+        rows, columns = (y, y // 2), (x, x // 2)
+        if len(self.patterns) == 1:
+            rows, columns = (0 * y, *rows), (0 * x, *columns)
+        # To tell how the field bends, each half has to have parts in all rows and columns.
+        ways = [half for a, b in product(rows, columns) if (half := (a + b) % 2 == 0).min() == 0]
+        return np.stack([[self.weights(half & others) for half in halves] for halves in (ways, [~w for w in ways])])
+
+    def _covariance(self, chosen: np.ndarray) -> np.ndarray:
+        patterns = self.patterns[:, chosen]
+        count = len(patterns)
+        information = np.einsum("pij,kp,lp->ikjl", self.information[chosen], patterns, patterns)
+        information = information.reshape(2 * count, 2 * count) + np.diag(self._usual())
+        return np.linalg.pinv(information, hermitian=True)
+
+    def _usual(self) -> np.ndarray:
+        """Information that weights are about 0, (2 K,): none on rigid movement."""
+        return np.tile([0.0, *[1 / _BENT**2] * (len(self.patterns) - 1)], 2)
 
 
 def measured_by_parts(
     stack: Any,
     bins: int,
     numbers: np.ndarray,
-    shifts: np.ndarray,
+    weights: np.ndarray,
     images: Images,
     moves: np.ndarray,
     advance: Callable[[int], None] = silent,
 ) -> tuple[Parts, Images]:
-    """What parts of some frames, moved back by shifts (T, 2), tell of what is left; and new images of these frames.
+    """What parts of some frames, moved back by weights (T, 2, K), tell of what is left; and new images of these frames.
 
     Only pixels that may move (h, w) count, and only if all around may: the edge of a mask does not. `advance` is called
     with how many frames were looked at.
     """
     means = images.means()  # (2, h, w)
     height, width = means.shape[1:]
-    margin = min(int(np.ceil(np.abs(shifts[numbers]).max())) + 1, min(height, width) // 5)
-    edges = [np.linspace(margin, side - margin, _PARTS + 1).astype(int) for side in (height, width)]
+    margin = min(int(np.ceil(warp.farthest(weights[numbers]).max())) + 1, min(height, width) // 5)
+    kinds = weights.shape[-1]
+    edges = [np.linspace(margin, side - margin, _PARTS[kinds > 1] + 1).astype(int) for side in (height, width)]
     rows, columns = ([slice(*pair) for pair in pairwise(edge)] for edge in edges)
     places = list(product(rows, columns))
+    middles = [(edge[1:] + edge[:-1]) / side - 1 for edge, side in zip(edges, (height, width), strict=True)]
     smooth = [gaussian_filter(mean, 1.0) for mean in means]
     counted = binary_erosion(moves, iterations=margin + _NEAR_EDGES, border_value=1)
-    weights = counted * _weights(np.mean(smooth, axis=0), images.variance())
-    patterns = [_patterns(mean, places) for mean in means]
+    counts = counted * _counts(np.mean(smooth, axis=0), images.variance())
+    changes = [_changes(mean, places) for mean in means]
     # Slopes of the other group's image, whose noise is another: what noise they have in common would count as image.
     looked_for = [
-        [pattern * weights[place].ravel() for pattern, place in zip(_patterns(image, places), places, strict=True)]
+        [change * counts[place].ravel() for change, place in zip(_changes(image, places), places, strict=True)]
         for image in smooth
     ]
     products = np.empty((len(places), len(numbers), 4))
     between = np.empty((len(places), 4))  # of the image of group 1 and that of group 0
     square = np.empty((len(places), 4, 4))
     new, done = Images(images.groups), 0
-    for block, some in small_frames(stack, bins, numbers, shifts):
+    for block, some in small_frames(stack, bins, numbers, weights):
         new.add(block, some)
         other = 1 - images.groups[some]
         apart = block - means[other]
@@ -267,7 +297,7 @@ def measured_by_parts(
         done += len(block)
         advance(done)
     for number, place in enumerate(places):
-        square[number] = sum(looked_for[group][number] @ patterns[1 - group][number].T for group in (0, 1)) / 2
+        square[number] = sum(looked_for[group][number] @ changes[1 - group][number].T for group in (0, 1)) / 2
         between[number] = sum(each[number] for each in looked_for) / 2 @ (means[1] - means[0])[place].ravel()
     # What brightness and level explain tells nothing of displacement.
     explained = square[:, :2, 2:] @ np.linalg.pinv(square[:, 2:, 2:])
@@ -278,7 +308,9 @@ def measured_by_parts(
     sign = np.where(images.groups[numbers] == 1, -0.5, 0.5)
     pulls += sign[None, :, None] * apart_by[:, None, :]
     pulls /= _brightness(square, products)[None, :, None]
-    return Parts(information, pulls, shifts[numbers].copy()), new
+    bent = warp.patterns(middles[0][:, None], middles[1], kinds).reshape(kinds, -1)
+    among = np.stack(np.divmod(np.arange(len(places)), len(columns)))
+    return Parts(information, pulls, weights[numbers].copy(), among, bent), new
 
 
 def _brightness(square: np.ndarray, products: np.ndarray) -> np.ndarray:
@@ -300,7 +332,7 @@ def _without_alone(image: np.ndarray) -> np.ndarray:
     return np.where(stands_alone(image), median_filter(image, 5), image)
 
 
-def _weights(image: np.ndarray, variance: np.ndarray) -> np.ndarray:
+def _counts(image: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """How much pixels (h, w) count: by the noise and activity that they have, and less where slopes are very steep."""
     steepness = np.square(np.gradient(image)).sum(0)
     spread = gaussian_filter(variance, 1.0)
@@ -308,7 +340,7 @@ def _weights(image: np.ndarray, variance: np.ndarray) -> np.ndarray:
     return np.minimum(1, few) / np.maximum(spread, max(0.1 * float(np.median(spread)), 1e-30))
 
 
-def _patterns(image: np.ndarray, places: list[tuple[slice, slice]]) -> list[np.ndarray]:
+def _changes(image: np.ndarray, places: list[tuple[slice, slice]]) -> list[np.ndarray]:
     """What an image (h, w) changes by in parts of it: displaced along y and x, brighter, lifted; each (4, pixels)."""
     down, along = np.gradient(image)
     level = np.full_like(image, float(image.std()) or 1.0)  # of the size of the others
