@@ -210,9 +210,10 @@ class InferenceConfig(_Config):
         Whether light that bands of rows share in some frames is taken away before, from training too, and put back
         afterwards (see `artefacts.stimulus_light.stimulus_light`).
     movement : {"none", "smooth", "all"}
-        Movement of the field that all of its parts share, which is taken back before anything is denoised, and put back
-        afterwards: "smooth" as far as the frames around a frame foretell it, "all" also what jitters from frame to
-        frame (see `artefacts.movement.field_movement`). Where planes show the same activity, it is left as it is.
+        Movement of the field that its parts show, rigid or not, which is taken back before anything is denoised, and
+        put back afterwards: "smooth" as far as the frames around a frame foretell it, "all" also what jitters from
+        frame to frame (see `artefacts.movement.field_movement`). Where planes show the same activity, it is left as it
+        is.
     static_image : bool
         Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """
