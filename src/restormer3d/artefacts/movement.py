@@ -184,7 +184,7 @@ def field_movement(stack: Any, *, jitter: bool, progress: Progress = silent) -> 
     images, unmoved, moves = _first_images(stack, bins, some, weights, groups)
     passes = [some] * (_PASSES // 2) + [everything] * (_PASSES - _PASSES // 2)
     passes_bent = [some] + [everything] * (_PASSES_BENT - 1)
-    advance = _Advance(progress, sum(map(len, passes + passes_bent)))
+    advance = _Advance(progress, sum(map(len, passes + 2 * passes_bent)))
     look = partial(measured_by_parts, stack, bins, moves=moves, advance=advance)
 
     def add_others(weights: np.ndarray) -> None:
@@ -199,11 +199,19 @@ def field_movement(stack: Any, *, jitter: bool, progress: Progress = silent) -> 
     start = np.zeros((frames, 2, warp.PATTERNS))
     start[..., :1] = 0 if rigid is None else rigid.weights
     before = unmoved if rigid is None else rigid.images
-    found, sure = _bent(look, passes_bent, start, before, jitter)
-    found = found or rigid
+    bent, sure = _bent(look, passes_bent, start, before, jitter)
+    found = bent or rigid
     if found is None:
         return None
-    weights = found.weights if jitter else _followed(found.parts, found.weights, jitter=False, sure=sure)
+
+    def to_follow(found: _Found) -> np.ndarray:
+        return found.weights if jitter else _followed(found.parts, found.weights, jitter=False, sure=sure)
+
+    weights = to_follow(found)
+    if rigid is not None and bent is not None:
+        as_rigid = to_follow(rigid)
+        if (as_rigid[..., 0].any(0) & ~weights[..., 0].any(0)).any():  # smaller parts may be less sure of it
+            found, weights = rigid, as_rigid
     farthest = (1 + np.array(sides) / REACH / bins)[:, None]  # an outlier among frames may seem to lie anywhere
     weights = np.clip(weights, -farthest, farthest)
     y, x = bins * np.sqrt(shared_variance(found.parts.rigid()))
