@@ -322,6 +322,12 @@ def _two_close_planes(s: _Trial) -> _Recording:
     return s.both(clean)
 
 
+def _two_close_planes_move(s: _Trial) -> _Recording:
+    beside = other_scene((s.shape[0], *s.wider.shape[1:]), s.seed + 2).mean(0)
+    s.wider[1::2] += 0.3 * (beside - beside.mean())
+    return s.both(_wandering(s, 1.0, 3.0))
+
+
 def _shifted_lines(s: _Trial, by: float = 2.0) -> _Recording:
     return s.both(_with_lines_shifted(s.clean, by))
 
@@ -427,6 +433,7 @@ ARTEFACTS: dict[str, Callable[[_Trial], _Recording]] = {
     "bursts of all tissue, three times as bright": _bursts,
     "two planes by turns": _two_planes,
     "two planes by turns, of the same activity": _two_close_planes,
+    "two planes by turns, of the same activity, and the field moves": _two_close_planes_move,
     "every other line shifted by 2 pixels": _shifted_lines,
     "every other line shifted by half a pixel": lambda s: _shifted_lines(s, 0.5),
     "slow drift to another plane": _drift_in_depth,

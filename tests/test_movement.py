@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter1d, map_coordinates, shift
 
 from restormer3d import spool
 from restormer3d.artefacts import movement, warp
-from restormer3d.artefacts.moved_frames import MovedBack, put_back, static_image
+from restormer3d.artefacts.moved_frames import MovedBack, put_back, static_images
 from restormer3d.artefacts.movement import field_movement, follow_movement
 from restormer3d.config import InferenceConfig
 from restormer3d.denoising import array_and_record
@@ -178,7 +178,7 @@ def test_frames_come_back_to_where_they_were():
     y, x = np.mgrid[:40, :50]
     frames = np.stack([np.sin(y / 4 + t) * np.cos(x / 5) for t in range(6)]).astype(np.float32)
     shifts = np.array([(0, 0), (1.5, -0.5), (0.3, 0.2), (-3, 2), (0.01, 0), (0, -1)])
-    image = static_image(frames, shifts[..., None])
+    image = static_images(frames, shifts[..., None])
     back = np.stack(list(put_back(iter(MovedBack(frames, shifts[..., None], image)[:]), shifts[..., None], (40, 50))))
     assert back.dtype == frames.dtype
     np.testing.assert_allclose(back[:, 3:-3, 3:-3], frames[:, 3:-3, 3:-3], atol=1e-2)
@@ -189,7 +189,7 @@ def test_moved_back_frames_show_the_field_where_it_is_on_average(wider):
     shifts = breathing()
     still = moved(wider, np.zeros((90, 2)))
     recorded = moved(wider, shifts)
-    there = MovedBack(recorded, shifts[..., None], static_image(recorded, shifts[..., None]))
+    there = MovedBack(recorded, shifts[..., None], static_images(recorded, shifts[..., None]))
     assert there.shape == there[:].shape == (90, 64 + 4, 72 + 2)
     apart, before = (np.square(x - still).mean() for x in (there[0:90][:, 2:-2, 1:-1], recorded))
     assert apart < 0.15 * before
@@ -362,6 +362,34 @@ def test_planes_of_their_own_activity_move_each_by_itself(wider):
     frames[1::2] = 0.5 * moved(wider[:, ::-1, ::-1], -shifts)[1::2]
     record = array_and_record(photons(frames), settings(planes=2), method="svd")[1]
     assert [min(plane["movement"]["followed_up_to"]) > 0.5 for plane in record["each_plane"]] == [True, True]
+
+
+def test_planes_of_the_same_activity_move_together(wider, tmp_path):
+    wide = wider.copy()
+    wide[1::2] += 0.5 * (wider[0, ::-1, ::-1] - wider[0].mean())
+    clean = moved(wide, breathing())
+    noisy = photons(clean)
+    scores = []
+    for followed in ("none", "smooth"):
+        denoised, record = array_and_record(noisy, settings(iterations=0, movement=followed))
+        assert record["planes"] == {"count": 2, "shared": True}
+        scores.append(evaluate_stacks(clean.astype(np.float32), denoised)["stsnr"])
+    assert min(record["movement"]["followed_up_to"]) > 0.5
+    assert scores[1] > scores[0] + 1
+    tifffile.imwrite(tmp_path / "stack.tif", noisy)
+    assert inspect(tmp_path / "stack.tif")["movement"] is not None
+
+
+def test_moved_back_planes_keep_their_images(wider):
+    wide, shifts = wider.copy(), breathing()[..., None]
+    wide[1::2] += 200
+    recorded = moved(wide, shifts[..., 0])
+    images = static_images(recorded, shifts, 2)
+    assert 190 < (images[1] - images[0]).mean() < 210
+    there = MovedBack(recorded, shifts, images)
+    odd = there[1:90:2] - there[0:90:2]
+    assert (odd[:, 0].mean(1) > 150).all()  # in the margins, too
+    np.testing.assert_array_equal(there[11:14], there[:][11:14])
 
 
 def test_inspect_tells_of_movement(moving, wider, tmp_path):

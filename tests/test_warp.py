@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter, shift
 
 from restormer3d.artefacts import warp
-from restormer3d.artefacts.moved_frames import MovedBack, put_back, static_image
+from restormer3d.artefacts.moved_frames import MovedBack, put_back, static_images
 
 _FIELD = (60, 76)
 
@@ -93,7 +93,7 @@ def test_margins_around_the_field_are_displaced_as_its_border():
 
 def test_frames_that_bend_come_back_to_where_they_were():
     frames, weights = np.stack([image(seed=seed) for seed in range(4)]), bends(4, 0.3)
-    there = MovedBack(frames, weights, static_image(frames, weights))
+    there = MovedBack(frames, weights, static_images(frames, weights))
     margins = np.ceil(warp.farthest(weights)).astype(int)
     assert there.shape == (4, *(np.array(_FIELD) + 2 * margins))
     back = np.stack(list(put_back(iter(there[:]), weights, _FIELD)))

@@ -212,8 +212,7 @@ class InferenceConfig(_Config):
     movement : {"none", "smooth", "all"}
         Movement of the field that its parts show, rigid or not, which is taken back before anything is denoised, and
         put back afterwards: "smooth" as far as the frames around a frame foretell it, "all" also what jitters from
-        frame to frame (see `artefacts.movement.field_movement`). Where planes show the same activity, it is left as it
-        is.
+        frame to frame (see `artefacts.movement.field_movement`).
     static_image : bool
         Whether the temporal mean of the result is denoised as an image (see `static_image.denoise_mean`).
     """

@@ -158,10 +158,10 @@ def _denoise_one(
     if fading is not None:  # before frames are moved by parts of pixels, which takes noise away
         stack = changing.SteadyNoise(stack, fading)
     asked = chosen.inference.movement
-    followed = Followed(stack, None)
-    if asked != "none" and images is None:
-        followed = follow_movement(stack, jitter=asked == "all", seconds=seconds, progress=progress, say=say)
-    stack = followed.stack
+    followed = Followed(stack, None, images)
+    if asked != "none":
+        followed = follow_movement(stack, images, jitter=asked == "all", seconds=seconds, progress=progress, say=say)
+    stack, images = followed.stack, followed.images
     uneven = _uneven_noise(stack, unlit, images, say) if mend else None
     if uneven is not None:
         stack = EvenNoise(stack, uneven)

@@ -61,7 +61,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         before = seen
         if lit is not None and alone:
             seen = steadied(seen, lit)
-        moving = field_movement(seen, jitter=False) if alone else None
+        moving = field_movement(seen, jitter=False)
         fading = uneven = None
         if seen is before:  # frames that were drawn towards others have other noise
             fading = changing_noise(seen, unlit_frames(lit)) if alone else None

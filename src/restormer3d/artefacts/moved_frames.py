@@ -26,7 +26,7 @@ class MovedBack(ChangedStack):
     """A stack (T, H, W) whose frames are moved to where the field is on average, to be read whole frames at a time.
 
     Frames are larger than recorded ones: they hold all tissue that any of them shows. Where one shows nothing, it has
-    the static image, and what the recorded frame differs by from it as in a mirror.
+    the static image of its plane, and what the recorded frame differs by from it as in a mirror.
 
     Parameters
     ----------
@@ -34,45 +34,52 @@ class MovedBack(ChangedStack):
         As recorded.
     weights : numpy.ndarray
         Of the patterns by which each frame is displaced (see `artefacts.warp`), pixels, (T, 2, K).
-    image : numpy.ndarray
-        As :func:`static_image` finds it, (H + 2 m, W + 2 n).
+    images : numpy.ndarray
+        Of planes that are shown in turns, as :func:`static_images` finds them, (planes, H + 2 m, W + 2 n).
     """
 
     weights: np.ndarray
-    image: np.ndarray
+    images: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Frames, rows and columns."""
-        return self.stack.shape[0], *self.image.shape
+        return self.stack.shape[0], *self.images.shape[1:]
 
     def __getitem__(self, frames: slice) -> np.ndarray:
         """Read `moved[a:b]`."""
         recorded = np.asarray(self.stack[frames], self.dtype)
+        turns = np.arange(self.shape[0])[frames] % len(self.images)
         with ThreadPoolExecutor(thread_count()) as pool:
-            return np.stack(list(pool.map(self._moved_back, recorded, self.weights[frames])))
+            return np.stack(list(pool.map(self._moved_back, recorded, self.weights[frames], turns)))
 
-    def _moved_back(self, frame: np.ndarray, by: np.ndarray) -> np.ndarray:
-        inside = _inside(self.image.shape, frame.shape)
-        apart = frame - warp.moved(self.image, by, frame.shape)[inside]
+    def _moved_back(self, frame: np.ndarray, by: np.ndarray, plane: int) -> np.ndarray:
+        image = self.images[plane]
+        inside = _inside(image.shape, frame.shape)
+        apart = frame - warp.moved(image, by, frame.shape)[inside]
         wider = np.pad(apart, [(place.start, place.start) for place in inside], "reflect")
-        return (warp.moved(wider, by, frame.shape, back=True) + self.image).astype(frame.dtype, copy=False)
+        return (warp.moved(wider, by, frame.shape, back=True) + image).astype(frame.dtype, copy=False)
 
 
-def static_image(stack: Any, weights: np.ndarray) -> np.ndarray:
-    """Mean of the frames of a stack, moved back by weights (T, 2, K), of all tissue that any of them shows.
+def static_images(stack: Any, weights: np.ndarray, planes: int = 1) -> np.ndarray:
+    """Mean of the frames of each plane, moved back by weights (T, 2, K), of all tissue that any of them shows.
 
     Returns
     -------
     numpy.ndarray
-        The field and as many rows and columns around it as it is displaced by at most, (H + 2 m, W + 2 n), float32.
-        Where few frames show anything, it is drawn to what is around.
+        The field and as many rows and columns around it as it is displaced by at most, (planes, H + 2 m, W + 2 n),
+        float32. Where few frames show anything, it is drawn to what is around.
     """
-    frames, field = stack.shape[0], stack.shape[1:]
+    numbers = [np.arange(plane, stack.shape[0], planes) for plane in range(planes)]
+    return np.stack([_static_image(stack, weights, some[sample_frames(len(some), _SAMPLE)]) for some in numbers])
+
+
+def _static_image(stack: Any, weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    field = stack.shape[1:]
     margins = np.ceil(warp.farthest(weights)).astype(int)
     shape = tuple(side + 2 * margin for side, margin in zip(field, margins, strict=True))
     total, count = np.zeros(shape), np.zeros(shape)
-    for t in sample_frames(frames, _SAMPLE):
+    for t in numbers:
         frame = np.pad(np.asarray(stack[int(t)], np.float64), [(margin, margin) for margin in margins], "reflect")
         rows, columns = warp.displaced_from(weights[t], shape, field, back=True)
         seen = _between(rows, margins[0], field[0]) & _between(columns, margins[1], field[1])

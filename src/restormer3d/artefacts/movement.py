@@ -27,8 +27,9 @@ from restormer3d.artefacts.displacement import (
     small_frames,
     stands_alone,
 )
-from restormer3d.artefacts.moved_frames import MovedBack, put_back, static_image
+from restormer3d.artefacts.moved_frames import MovedBack, put_back, static_images
 from restormer3d.artefacts.movement_courses import SURE, courses_to_follow, shared_variance
+from restormer3d.artefacts.planes import plane_images, with_one_image
 from restormer3d.normalization import sample_frames
 from restormer3d.progress import Progress, Say, silent
 from restormer3d.spool import held
@@ -83,6 +84,8 @@ class Followed:
         Moved frames, or those that were recorded.
     movement : Movement or None
         How the field moves, if it does.
+    images : numpy.ndarray or None
+        Of planes that are shown in turns, as they now are, (planes, H, W).
     field : tuple of int or None
         Rows and columns of recorded frames, if they were moved.
     seconds : float
@@ -91,6 +94,7 @@ class Followed:
 
     stack: Any
     movement: Movement | None
+    images: np.ndarray | None
     field: tuple[int, int] | None = None
     seconds: float = 0.0
 
@@ -102,19 +106,26 @@ class Followed:
 
 
 def follow_movement(
-    stack: Any, *, jitter: bool, seconds: float | None = None, progress: Progress = silent, say: Say = silent
+    stack: Any,
+    images: np.ndarray | None = None,
+    *,
+    jitter: bool,
+    seconds: float | None = None,
+    progress: Progress = silent,
+    say: Say = silent,
 ) -> Followed:
     """Move frames back to where the field is on average, if it moves, and say what was found.
 
-    Arguments as for :func:`field_movement`. Moved frames wait in memory, or in a temporary file if they are many; where
-    that has no room, or where it would take most of the seconds that are left, all stays as it is.
+    Arguments as for :func:`field_movement`; `images` (planes, H, W) are those of planes of the same activity that are
+    shown in turns. Moved frames wait in memory, or in a temporary file if they are many; where that has no room, or
+    where it would take most of the seconds that are left, all stays as it is.
     """
     if seconds is not None and _MOVES * _seconds_of_a_move(stack) * stack.shape[0] > _SHARE_OF_TIME * seconds:
         say("whether the field moves is not looked for, for want of time: frames stay where they are")
-        return Followed(stack, None)
-    movement = field_movement(stack, jitter=jitter, progress=progress)
+        return Followed(stack, None, images)
+    movement = field_movement(with_one_image(stack, images), jitter=jitter, progress=progress)
     if movement is None:
-        return Followed(stack, None)
+        return Followed(stack, None, images)
     down, along = movement.deviation
     moves = f"the field moves by {down:.2g} pixels along y and {along:.2g} along x (standard deviations)"
     if any(movement.bent):
@@ -125,19 +136,21 @@ def follow_movement(
             f"{moves}, which no frame around foretells: it stays as it is. Denoising gains if such a recording is "
             "registered before, or by --movement all"
         )
-        return Followed(stack, movement)
-    image = static_image(stack, movement.weights)
-    values = held(MovedBack(stack, movement.weights, image), lambda done: progress("move", done, stack.shape[0]))
+        return Followed(stack, movement, images)
+    planes = 1 if images is None else len(images)
+    moved_back = MovedBack(stack, movement.weights, static_images(stack, movement.weights, planes))
+    values = held(moved_back, lambda done: progress("move", done, stack.shape[0]))
     if values is None:
         say(f"{moves}, which is left as it is: the folder for temporary files has no room for moved frames")
-        return Followed(stack, replace(movement, weights=np.zeros_like(movement.weights)))
+        return Followed(stack, replace(movement, weights=np.zeros_like(movement.weights)), images)
     say(
         f"{moves}: frames are moved back before denoising, and denoised ones to where they were. Between pixels the "
         "noise of neighbors is mixed: it will be found to be correlated"
     )
     field, started = stack.shape[1:], time.monotonic()
     next(put_back(iter(values[:1]), movement.weights.max(0, keepdims=True), field))
-    return Followed(values, movement, field, seconds=len(values) * (time.monotonic() - started))
+    images = None if images is None else plane_images(values, planes)
+    return Followed(values, movement, images, field, seconds=len(values) * (time.monotonic() - started))
 
 
 def _seconds_of_a_move(stack: Any) -> float:
