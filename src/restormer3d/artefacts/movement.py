@@ -43,7 +43,7 @@ _PASSES = 6  # of measuring what is left of the rigid movement,
 _PASSES_BENT = 4  # and then of all
 _MOST_AT_ONCE = 0.7  # pixels that a pass adds
 _SURE_BENT = 4.3  # standard errors, where other than rigid movement is first seen: cells may lie in two of the parts
-_SHARPER = 1.01  # times as sharp an image has to be where other than rigid movement is followed, too
+_SHARPER = 1.015  # times as sharp an image has to be where other than rigid movement is followed, too
 _AS_SHARP = 0.9  # as the image of frames that stay, that of moved ones has to be; splines between pixels blur a little
 _MOVES = 12  # of a frame, that following it takes as long as
 _SHARE_OF_TIME = 0.25  # of a time limit that it may take
@@ -165,7 +165,7 @@ def field_movement(stack: Any, *, jitter: bool, progress: Progress = silent) -> 
     Whole pixels are found by correlation with the mean of the frames, fractions by regression on the slopes of that
     image, in 16 parts of the field, and what they share (see `artefacts.movement_courses`): rigid movement. Then the
     same in 36 parts: what the scan makes of rigid movement, and in fields of at least 96 (binned) pixels how the field
-    bends, as far as that makes the mean sharper by a hundredth.
+    bends, as far as that makes the mean sharper by 1.5 %.
 
     Parameters
     ----------
