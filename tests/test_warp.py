@@ -75,8 +75,12 @@ def test_what_is_next_to_still_stays():
 
 def test_the_farthest_that_any_place_is_displaced_by():
     weights = bends(5)
-    expected = np.max([np.abs(displacement(each)).max((1, 2)) for each in weights], axis=0)
+    expected = [np.abs(displacement(each)).max((1, 2)) for each in weights]
     np.testing.assert_allclose(warp.farthest(weights), expected, rtol=0.05)
+    most = np.median(expected, axis=0)
+    shrunk = warp.within(weights, most)
+    np.testing.assert_allclose(warp.farthest(shrunk), np.minimum(warp.farthest(weights), most), rtol=1e-6)
+    assert (shrunk == weights).all((1, 2)).any()
 
 
 def test_margins_around_the_field_are_displaced_as_its_border():
@@ -94,7 +98,7 @@ def test_margins_around_the_field_are_displaced_as_its_border():
 def test_frames_that_bend_come_back_to_where_they_were():
     frames, weights = np.stack([image(seed=seed) for seed in range(4)]), bends(4, 0.3)
     there = MovedBack(frames, weights, static_images(frames, weights))
-    margins = np.ceil(warp.farthest(weights)).astype(int)
+    margins = np.ceil(warp.farthest(weights).max(0)).astype(int)
     assert there.shape == (4, *(np.array(_FIELD) + 2 * margins))
     back = np.stack(list(put_back(iter(there[:]), weights, _FIELD)))
     assert back.dtype == np.float32

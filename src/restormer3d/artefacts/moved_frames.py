@@ -76,7 +76,7 @@ def static_images(stack: Any, weights: np.ndarray, planes: int = 1) -> np.ndarra
 
 def _static_image(stack: Any, weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     field = stack.shape[1:]
-    margins = np.ceil(warp.farthest(weights)).astype(int)
+    margins = np.ceil(warp.farthest(weights).max(0)).astype(int)
     shape = tuple(side + 2 * margin for side, margin in zip(field, margins, strict=True))
     total, count = np.zeros(shape), np.zeros(shape)
     for t in numbers:

@@ -70,7 +70,7 @@ class Movement:
 
     def record(self) -> dict[str, Any]:
         """What to say of it in a sidecar."""
-        largest = warp.farthest(self.weights).tolist()
+        largest = warp.farthest(self.weights).max(0).tolist()
         return {"deviation": self.deviation, "non_rigid": self.bent, "followed_up_to": largest}
 
 
@@ -225,8 +225,7 @@ def field_movement(stack: Any, *, jitter: bool, progress: Progress = silent) -> 
         as_rigid = to_follow(rigid)
         if (as_rigid[..., 0].any(0) & ~weights[..., 0].any(0)).any():  # smaller parts may be less sure of it
             found, weights = rigid, as_rigid
-    farthest = (1 + np.array(sides) / REACH / bins)[:, None]  # an outlier among frames may seem to lie anywhere
-    weights = np.clip(weights, -farthest, farthest)
+    weights = warp.within(weights, 1 + np.array(sides) / REACH / bins)  # outliers among frames may seem to lie anywhere
     y, x = bins * np.sqrt(shared_variance(found.parts.rigid()))
     down, along = bins * np.sqrt(np.square(found.weights[..., 1:]).mean(0).sum(1))
     return Movement(bins * weights, (float(y), float(x)), (float(down), float(along)))

@@ -45,10 +45,15 @@ def patterns(v: np.ndarray, u: np.ndarray, count: int = PATTERNS) -> np.ndarray:
 
 
 def farthest(weights: np.ndarray) -> np.ndarray:
-    """Pixels along y and x that any place of the field is displaced by, at most, (2,); weights (..., 2, K)."""
+    """Pixels along y and x that any place of the field is displaced by, at most, (..., 2); weights (..., 2, K)."""
     places = np.linspace(-1, 1, 5)
     everywhere = patterns(places[:, None], places, weights.shape[-1]).reshape(weights.shape[-1], -1)
-    return np.abs(weights.reshape(-1, *weights.shape[-2:]) @ everywhere).max(axis=(0, 2))
+    return np.abs(weights @ everywhere).max(axis=-1)
+
+
+def within(weights: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Weights (..., 2, K), made smaller where they displace a place by more pixels along y and x than `most` (2,)."""
+    return weights * np.minimum(1, most / np.maximum(farthest(weights), most))[..., None]
 
 
 def displaced_from(weights: np.ndarray, shape: tuple[int, ...], field: tuple[int, ...], *, back: bool) -> np.ndarray:
