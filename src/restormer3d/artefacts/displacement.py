@@ -264,7 +264,7 @@ def measured_by_parts(
     """What parts of some frames, moved back by weights (T, 2, K), tell of what is left; and new images of these frames.
 
     Only pixels that may move (h, w) count, and only if all around may: the edge of a mask does not. `advance` is called
-    with how many frames were looked at.
+    with how many more frames were looked at.
     """
     means = images.means()  # (2, h, w)
     height, width = means.shape[1:]
@@ -295,7 +295,7 @@ def measured_by_parts(
             by_both = apart[:, *place].reshape(len(block), -1) @ np.concatenate([each[number] for each in looked_for]).T
             products[number, done : done + len(block)] = by_both.reshape(-1, 2, 4)[np.arange(len(block)), other]
         done += len(block)
-        advance(done)
+        advance(len(block))
     for number, place in enumerate(places):
         square[number] = sum(looked_for[group][number] @ changes[1 - group][number].T for group in (0, 1)) / 2
         between[number] = sum(each[number] for each in looked_for) / 2 @ (means[1] - means[0])[place].ravel()

@@ -197,7 +197,13 @@ def field_movement(stack: Any, *, jitter: bool, progress: Progress = silent) -> 
     images, unmoved, moves = _first_images(stack, bins, some, weights, groups)
     passes = [some] * (_PASSES // 2) + [everything] * (_PASSES - _PASSES // 2)
     passes_bent = [some] + [everything] * (_PASSES_BENT - 1)
-    advance = _Advance(progress, sum(map(len, passes + 2 * passes_bent)))
+    seen, to_see = 0, sum(map(len, passes)) + 2 * _PASSES_BENT * frames
+
+    def advance(more: int) -> None:
+        nonlocal seen
+        seen += more
+        progress("movement", seen, to_see)
+
     look = partial(measured_by_parts, stack, bins, moves=moves, advance=advance)
 
     def add_others(weights: np.ndarray) -> None:
@@ -226,22 +232,11 @@ def field_movement(stack: Any, *, jitter: bool, progress: Progress = silent) -> 
         if (as_rigid[..., 0].any(0) & ~weights[..., 0].any(0)).any():  # smaller parts may be less sure of it
             found, weights = rigid, as_rigid
     weights = warp.within(weights, 1 + np.array(sides) / REACH / bins)  # outliers among frames may seem to lie anywhere
+    if seen < to_see:  # some passes had nothing to look for
+        advance(to_see - seen)
     y, x = bins * np.sqrt(shared_variance(found.parts.rigid()))
     down, along = bins * np.sqrt(np.square(found.weights[..., 1:]).mean(0).sum(1))
     return Movement(bins * weights, (float(y), float(x)), (float(down), float(along)))
-
-
-class _Advance:
-    """Counts frames that were looked at, in passes of which each counts its own from the first."""
-
-    def __init__(self, progress: Progress, total: int):
-        self.progress, self.total, self.before, self.last = progress, total, 0, 0
-
-    def __call__(self, done: int) -> None:
-        if done <= self.last:
-            self.before += self.last
-        self.last = done
-        self.progress("movement", self.before + done, self.total)
 
 
 class _Found(NamedTuple):
